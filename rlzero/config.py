@@ -1,0 +1,482 @@
+"""A run as one immutable record: read from YAML, changed by `a.b=c` overrides, every mistake listed in one error.
+
+`Config.load("configs/r1-zero.yaml", ["steps=20", "policy.path=./base"])` returns a `Config` or raises `ConfigError`
+(the commands turn it into exit code 2). Defaults are the published values of R1-Zero (arXiv 2501.12948, section
+"Training details of DeepSeek-R1-Zero") wherever the paper gives one. A step here is one rollout of
+`batch.prompts * batch.group_size` completions, trained in `batch.minibatches` optimizer steps; the paper counts
+optimizer steps, so its 10,400 steps of 16 minibatches each are 650 here.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+# --- swapped for the trainer's own records once they are there -------------------------------------------------------
+
+
+class _Section(BaseModel):
+    """What every part of a config has in common: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class LossOptions(_Section):
+    policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"
+    clip_low: float = Field(10.0, ge=0)
+    clip_high: float = Field(10.0, ge=0)
+    aggregation: Literal["token", "sequence", "constant"] = "sequence"
+    constant_length: int | None = None
+    kl_coef: float = Field(1e-3, ge=0)
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    entropy_coef: float = 0.0
+    correction: Literal["none", "tis", "icepop"] = "none"
+    correction_level: Literal["token", "sequence"] = "token"
+    correction_low: float = 0.5
+    correction_high: float = 2.0
+
+
+class PolicyOptions(_Section):
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    recipe: Literal["bf16", "fp8", "fp8_emulated"] = "bf16"
+    activation_checkpointing: bool = False
+    freeze_router_bias: bool = False
+
+
+class OptimizerOptions(_Section):
+    lr: float = Field(3e-6, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    total_steps: int | None = None
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    router_bias_gamma: float = 0.0
+
+
+# --- the sections ----------------------------------------------------------------------------------------------------
+
+NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Data(_Section):
+    """Where questions come from. A source is `countdown`, a path to a JSON-lines file, or `module:function` (also
+    `file.py:function`), called with the params and a `seed`, returning rows."""
+
+    train: str
+    evaluation: str | None = None  # held-out questions; none means no evaluation
+    params: dict[str, Any] = {}
+    evaluation_params: dict[str, Any] = {}  # laid over `params` for the held-out source
+    prompt_column: str = "question"
+    answer_column: str | None = "answer"  # must be in every row; none for tasks whose checker needs other columns
+    template: Literal["r1-zero", "chat", "none"] = "r1-zero"
+    max_prompt_tokens: Positive = 1024
+
+
+class Reward(_Section):
+    """One checker: `package.module:function` or `./file.py:function`."""
+
+    fn: str
+    weight: float = 1.0
+    timeout_s: float = Field(5.0, gt=0)
+    params: dict[str, Any] = {}
+
+
+class Batches(_Section):
+    """Sizes, said once: a step writes prompts x group_size completions and trains on them in `minibatches` updates."""
+
+    prompts: Positive = 512
+    group_size: Positive = 16
+    minibatches: Positive = 16
+    tokens_per_micro_batch: Positive = 65_536
+
+
+class RolloutOptions(_Section):
+    """How completions are written. RL samples from the policy itself, so there is no top_p or top_k to set."""
+
+    top_p: ClassVar[float] = 1.0
+    top_k: ClassVar[int] = 0
+
+    engine: Literal["auto", "torch", "vllm"] = "auto"
+    workers: Positive = 1
+    threads: NonNegative = 0  # CPU threads of one worker; 0 shares the machine's cores out
+    engine_args: dict[str, Any] = {}  # passed to the engine as they are
+    max_tokens: Positive = 32_768
+    temperature: float = Field(1.0, gt=0)
+    stop: tuple[str, ...] = ()
+    transport: Literal["auto", "object_store", "disk"] = "auto"
+    max_gap: float = Field(0.05, gt=0)  # mean |logprob of engine - of trainer| at step 0 above which the run stops
+    deadline_s: float = Field(3600.0, gt=0)  # a worker silent for longer is taken for dead
+
+
+class Algorithm(_Section):
+    """How rewards become advantages, and which groups and samples take part."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
+    dynamic_sampling: bool = False  # refill groups whose rewards are all equal (DAPO)
+    max_refills: NonNegative = 4  # rounds of refilling before the step goes on with fewer groups
+    overlong_buffer_tokens: NonNegative = 0  # soft punishment starts this far before max_tokens (DAPO)
+    overlong_penalty: float = Field(1.0, ge=0)  # what a completion of max_tokens loses
+    mask_truncated: bool = False  # completions cut at max_tokens teach nothing
+    reference_refresh_steps: NonNegative = 25  # 400 of the paper's steps; 0 keeps the first reference
+
+
+class Checkpoints(_Section):
+    every: NonNegative = 50  # steps; 0 saves at the end only
+    keep: Positive = 3
+
+
+class Evaluation(_Section):
+    """Held-out questions, before the first step, after the last, and every `every` steps between."""
+
+    every: NonNegative = 0
+    prompts: Positive | None = None  # none takes all
+    samples: Positive = 64
+    temperature: float = Field(0.6, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+
+
+class Cluster(_Section):
+    """The Ray cluster: none starts one on this machine, `auto` joins the running one, else host:port."""
+
+    address: str | None = None
+    deadline_s: float = Field(300.0, gt=0)  # for joining, placing and starting the actors
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+
+class Config(_Section):
+    """A run of reinforcement learning, complete and checked."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: NonNegative = 0
+    steps: Positive = 650
+    output_dir: str = "runs"
+    staleness: NonNegative = 0  # steps the sampling policy may lag behind; 0 is on-policy
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    policy: PolicyOptions
+    data: Data
+    rewards: tuple[Reward, ...] = Field(min_length=1)
+    reward_workers: Positive = 2
+    max_reward_error_rate: float = Field(0.05, ge=0, le=1)
+    batch: Batches = Batches()
+    rollout: RolloutOptions = RolloutOptions()
+    algorithm: Algorithm = Algorithm()
+    loss: LossOptions = LossOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    trainer_threads: NonNegative = 0  # CPU threads of the trainer; 0 takes what the rollout workers leave
+    checkpoint: Checkpoints = Checkpoints()
+    evaluation: Evaluation = Evaluation()
+    cluster: Cluster = Cluster()
+    tracking: tuple[Tracker, ...] = ("tensorboard",)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
+        """The run that `path` and the overrides describe. Raises `ConfigError` with every mistake found."""
+        return read_config(cls, path, overrides, conflicts)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    def resolved_yaml(self) -> str:
+        """Every field with its value; reading this text again gives an equal config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """Something the user wrote is wrong. Commands print it without a traceback and exit with 2."""
+
+
+class ConfigError(UsageError):
+    """All mistakes of one config; `problems` holds one line each."""
+
+    def __init__(self, source: str, problems: list[str]):
+        self.problems = problems
+        count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+# --- mistakes that no single field shows ------------------------------------------------------------------------------
+
+Conflict = tuple[tuple[str, ...], str]  # the fields involved, what is wrong and what to do
+
+
+def conflicts(config: Config) -> Iterator[Conflict]:
+    """Contradictions between fields of `config`."""
+    batch, rollout, data, algorithm = config.batch, config.rollout, config.data, config.algorithm
+
+    completions = batch.prompts * batch.group_size
+    if completions % batch.minibatches:
+        yield (
+            ("batch.prompts", "batch.group_size", "batch.minibatches"),
+            f"batch: {batch.prompts} prompts x {batch.group_size} completions = {completions} cannot be split into "
+            f"{batch.minibatches} equal minibatches; choose batch.minibatches that divides {completions}",
+        )
+    if batch.group_size == 1 and algorithm.advantage != "reinforce_pp":
+        yield (
+            ("batch.group_size", "algorithm.advantage"),
+            f"batch.group_size: 1, but advantage {algorithm.advantage} compares the completions of a group; "
+            "use at least 2, or algorithm.advantage=reinforce_pp",
+        )
+    longest = data.max_prompt_tokens + rollout.max_tokens
+    if batch.tokens_per_micro_batch < longest:
+        yield (
+            ("batch.tokens_per_micro_batch", "data.max_prompt_tokens", "rollout.max_tokens"),
+            f"batch.tokens_per_micro_batch: {batch.tokens_per_micro_batch} cannot hold one sample of "
+            f"data.max_prompt_tokens {data.max_prompt_tokens} + rollout.max_tokens {rollout.max_tokens} = {longest}",
+        )
+    context = policy_context(config.policy.path)
+    if context is not None and longest > context:
+        yield (
+            ("policy.path", "data.max_prompt_tokens", "rollout.max_tokens"),
+            f"rollout.max_tokens: data.max_prompt_tokens {data.max_prompt_tokens} + rollout.max_tokens "
+            f"{rollout.max_tokens} = {longest} is longer than the policy's context of {context} tokens "
+            f"(max_position_embeddings of {config.policy.path})",
+        )
+    if algorithm.overlong_buffer_tokens >= rollout.max_tokens:
+        yield (
+            ("algorithm.overlong_buffer_tokens", "rollout.max_tokens"),
+            f"algorithm.overlong_buffer_tokens: {algorithm.overlong_buffer_tokens} covers the whole completion; "
+            f"it must be smaller than rollout.max_tokens {rollout.max_tokens}",
+        )
+    if config.evaluation.every and not data.evaluation:
+        yield (
+            ("evaluation.every", "data.evaluation"),
+            f"evaluation.every: {config.evaluation.every}, but data.evaluation names no held-out questions",
+        )
+    if config.evaluation.temperature == 0 and config.evaluation.samples > 1:
+        yield (
+            ("evaluation.temperature", "evaluation.samples"),
+            f"evaluation.samples: {config.evaluation.samples} samples at temperature 0 are all the same; "
+            "use evaluation.samples=1 or a temperature above 0",
+        )
+    if config.device == "cpu" and config.policy.recipe == "fp8":
+        yield (
+            ("device", "policy.recipe"),
+            "policy.recipe: fp8 needs a Hopper GPU and device is cpu; fp8_emulated gives its numbers anywhere",
+        )
+    if config.policy.recipe == "fp8" and config.policy.dtype == "float32":
+        yield (
+            ("policy.dtype", "policy.recipe"),
+            "policy.recipe: fp8 quantizes BF16 weights and policy.dtype is float32; set policy.dtype=bfloat16",
+        )
+
+
+def policy_context(path: str) -> int | None:
+    """Longest sequence, in tokens, of the policy in folder `path`; None where it is not there (yet) or does not say."""
+    file = Path(path) / "config.json"
+    try:
+        context = json.loads(file.read_text()).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):  # loading the policy reports a broken folder better than we can
+        return None
+    return context if isinstance(context, int) else None
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+Model = typing.TypeVar("Model", bound=BaseModel)
+
+
+def read_config(model: type[Model], path: str | Path, overrides: Sequence[str] = (), conflicts=None) -> Model:
+    """A `model` from the YAML at `path` with `a.b=c` overrides laid over it. `conflicts(instance)` yields
+    contradictions between fields. Raises `ConfigError` naming all mistakes at once."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    problems: list[str] = []
+    tree = _parse(text, str(path))
+    for override in overrides:
+        _override(tree, override, problems)
+    instance = _validate(model, tree, problems, conflicts)
+    if problems:
+        raise ConfigError(str(path), problems)
+    assert instance is not None
+    return instance
+
+
+def _validate(model: type[Model], tree: dict, problems: list[str], conflicts) -> Model | None:
+    """Validates `tree`; on mistakes it goes on with what is left, so that contradictions elsewhere show as well."""
+    broken: set[str] = set()
+    try:
+        instance = model.model_validate(tree)
+    except ValidationError as error:
+        mistakes = [m for m in error.errors() if not _follows(m, error.errors())]
+        pruned = copy.deepcopy(tree)
+        for mistake in mistakes:
+            problems.append(_describe(model, mistake))
+            broken.add(_dotted(mistake["loc"]))
+            _remove(pruned, mistake["loc"])
+        try:
+            instance = model.model_validate(pruned)
+        except ValidationError:  # a required field is among the broken ones: nothing left to compare
+            return None
+    if conflicts is not None:
+        for fields, message in conflicts(instance):
+            if not any(field == b or field.startswith(b + ".") for field in fields for b in broken):
+                problems.append(message)
+    return instance
+
+
+def _follows(item: dict, items: list[dict]) -> bool:
+    """Whether one of pydantic's errors only follows from another: a list counts as too short when an entry is bad."""
+    loc = item["loc"]
+    return item["type"] == "too_short" and any(i["loc"][: len(loc)] == loc and i["loc"] != loc for i in items)
+
+
+def _describe(model: type[BaseModel], item: dict) -> str:
+    """One line for one of pydantic's errors, with the nearest known name for an unknown key."""
+    name = _dotted(item["loc"])
+    if item["type"] == "extra_forbidden":
+        if item["loc"][-2:] in (("rollout", "top_p"), ("rollout", "top_k")):
+            return f"{name}: RL samples from the policy itself, untruncated; only evaluation.top_p can be set"
+        return f"{name}: unknown key{_nearest(name, known_names(model))}"
+    if item["type"] == "missing":
+        return f"{name}: missing, and it has no default"
+    found = "" if isinstance(item["input"], dict | list) else f", found {item['input']!r}"
+    message = item["msg"][0].lower() + item["msg"][1:]
+    if item["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        return f"{name}: must be one of {', '.join(choices)}{found}{_nearest(str(item['input']), choices)}"
+    return f"{name}: {message}{found}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean X?` for the known name nearest to `name`: first in its own section, then anywhere."""
+    parent, dot, leaf = name.rpartition(".")
+    section = ".".join(part for part in parent.split(".") if not part.isdigit())  # rewards.0.fn stands under rewards
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
+    if match := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6):
+        return f"; did you mean {parent}{dot}{match[0]}?"
+    elsewhere = {k.rpartition(".")[2]: k for k in reversed(known)}
+    if match := difflib.get_close_matches(leaf, elsewhere, n=1, cutoff=0.8):
+        return f"; did you mean {elsewhere[match[0]]}?"
+    return f"; known in {parent}: {', '.join(siblings)}" if parent and siblings else ""
+
+
+def known_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all fields of `model`; the entries of a list of records stand under the list's own name."""
+    names: list[str] = []
+    for key, field in model.model_fields.items():
+        names.append(prefix + key)
+        inner = _record_type(field.annotation)
+        if inner is not None:
+            names += known_names(inner, f"{prefix}{key}.")
+    return names
+
+
+def _record_type(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation (`M`, `M | None`, `tuple[M, ...]`), if there is one."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next((m for arg in typing.get_args(annotation) if (m := _record_type(arg)) is not None), None)
+
+
+def _dotted(loc: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in loc)
+
+
+def _remove(tree: Any, loc: Sequence[str | int]) -> None:
+    """Takes the value at `loc` out of nested dicts and lists, if it is there."""
+    for part in loc[:-1]:
+        try:
+            tree = tree[part]
+        except (KeyError, IndexError, TypeError):
+            return
+    if isinstance(tree, dict):
+        tree.pop(loc[-1], None)
+
+
+def _override(tree: dict, override: str, problems: list[str]) -> None:
+    """Sets one `a.b=c` in the nested dict; `c` is read as YAML, a number in the path is a list's index."""
+    name, equals, text = override.partition("=")
+    name = name.strip()
+    if not equals or not name or not all(name.split(".")):
+        problems.append(f"override {override!r}: expected the form section.key=value")
+        return
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        problems.append(f"override {override!r}: the value is not valid YAML ({_first_line(error)})")
+        return
+    node: Any = tree
+    *parents, leaf = name.split(".")
+    for depth, part in enumerate(parents):
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                problems.append(f"override {override!r}: {'.'.join(parents[:depth])} has {len(node)} entries, no {part}")
+                return
+            node = node[int(part)]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            problems.append(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+            return
+    if isinstance(node, list):
+        if not leaf.isdigit() or int(leaf) >= len(node):
+            problems.append(f"override {override!r}: {'.'.join(parents)} has {len(node)} entries, no {leaf}")
+            return
+        node[int(leaf)] = value
+    else:
+        node[leaf] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two gaps closed: `1e-6` is a number, and a key given twice is an error instead of the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, source: str) -> dict:
+    try:
+        tree = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        raise ConfigError(where, [f"not valid YAML: {error.problem}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(source, [f"not valid YAML: {_first_line(error)}"]) from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(source, [f"expected `key: value` lines, found a {type(tree).__name__}"])
+    return tree
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
