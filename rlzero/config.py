@@ -77,14 +77,14 @@ Positive = Annotated[int, Field(gt=0)]
 
 class Data(_Section):
     """Where questions come from. A source is `countdown`, a path to a JSON-lines file, or `module:function` (also
-    `file.py:function`), called with the params and a `seed`, returning rows."""
+    `file.py:function`) that returns rows and is called with the params, and with `seed` and `split` if it takes them."""
 
     train: str
     evaluation: str | None = None  # held-out questions; none means no evaluation
     params: dict[str, Any] = {}
     evaluation_params: dict[str, Any] = {}  # laid over `params` for the held-out source
-    prompt_column: str = "question"
-    answer_column: str | None = "answer"  # must be in every row; none for tasks whose checker needs other columns
+    prompt_column: str = "prompt"
+    answer_column: str | None = None  # must be in every row if set, and is what a reward gets as `answer`
     template: Literal["r1-zero", "chat", "none"] = "r1-zero"
     max_prompt_tokens: Positive = 1024
 
