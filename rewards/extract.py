@@ -1,0 +1,62 @@
+"""Where the final answer of a completion is, read strictly: what a reader would not take as *the* answer is not one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+# Written by a model that does not stop: nothing after one of these belongs to the completion.
+_END = re.compile(
+    r"<\|im_end\|>|<\|im_start\|>|<\|endoftext\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|start_header_id\|>|<\|end\|>"
+    r"|<\|user\|>|<\|system\|>|</s>|<eos>|<end_of_turn>|<start_of_turn>|\[/?INST\]"
+    r"|<｜end▁of▁sentence｜>|<｜begin▁of▁sentence｜>|<｜User｜>"
+)
+# A turn that the model plays for somebody else. Looked for in the answer part only: reasoning may quote a dialogue.
+_TURN = re.compile(
+    r"^[ \t#*>]*(?:user|human|assistant|system|question|problem|instruction|q)[ \t*]*:"
+    r"|^#{1,6}[ \t]*(?:user|human|assistant|system|instruction|problem|question)\b", re.I | re.M
+)
+
+AnswerTag = Literal["auto", "required", "never"]
+
+
+@dataclass(frozen=True)
+class Final:
+    """The part of a completion that states the answer; `text` is None when there is none, and `why` says why."""
+
+    text: str | None
+    why: str
+
+
+def final_part(completion: str, answer_tag: AnswerTag = "auto", require_think: bool = False) -> Final:
+    """What follows the last `</think>`, inside `<answer>` when the template has it (R1-Zero, arXiv 2501.12948).
+
+    The text is cut at an end-of-sequence token and where the model begins another speaker's turn. A completion without
+    any think tag is taken whole unless `require_think`; one whose reasoning is still open has no final part. The answer
+    tag must then occur exactly once, opened before it is closed; `auto` takes the whole part when the tag is absent.
+    """
+    text = completion
+    end = _END.search(text)
+    if end:
+        text = text[: end.start()]
+    first_close = text.find("</think>")
+    answer_from = first_close + len("</think>") if first_close >= 0 else 0
+    turn = _TURN.search(text, answer_from)
+    while turn and not text[answer_from : turn.start()].strip():  # a label in front of the answer itself
+        turn = _TURN.search(text, turn.end())
+    if turn:
+        text = text[: turn.start()]
+    last_close = text.rfind("</think>")
+    if last_close < 0 and (require_think or "<think>" in text):
+        return Final(None, "the reasoning is not closed: no </think>")
+    part = text[last_close + len("</think>") :] if last_close >= 0 else text
+    if "<think>" in part:
+        return Final(None, "the reasoning is opened again after the last </think>")
+    opens, closes = part.count("<answer>"), part.count("</answer>")
+    if answer_tag == "never" or (answer_tag == "auto" and opens == closes == 0):
+        return Final(part, "after </think>" if last_close >= 0 else "the whole completion")
+    start, stop = part.find("<answer>"), part.find("</answer>")
+    if opens != 1 or closes != 1 or stop < start:
+        return Final(None, f"expected one <answer>...</answer>, found {opens} opening and {closes} closing tags")
+    return Final(part[start + len("<answer>") : stop], "inside <answer>")

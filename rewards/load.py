@@ -1,0 +1,225 @@
+"""From `package.module:function` or `./file.py:function` to something that can be called on a row."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rewards.score import Score
+
+Row = Mapping[str, Any]
+
+
+class RewardError(Exception):
+    """A reward that cannot be loaded or called; the message says what was found, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One entry of a config's `rewards` list.
+
+    `fn` is the address; `timeout_s` the seconds one completion may take (one group, for the plural form); `params` are
+    passed to the function by name and win over columns of the same name.
+    """
+
+    fn: str
+    weight: float = 1.0
+    timeout_s: float = 5.0
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spec: RewardSpec | str | Mapping[str, Any] | Any) -> RewardSpec:
+        """A spec from an address, a mapping (`fn`, `weight`, `timeout`, `params`) or any object with such attributes.
+
+        Raises RewardError for unknown keys of a mapping or a timeout that is not positive.
+        """
+        if isinstance(spec, cls):
+            return spec
+        if isinstance(spec, str):
+            return cls(spec)
+        known = {"fn": "fn", "weight": "weight", "timeout": "timeout_s", "timeout_s": "timeout_s", "params": "params"}
+        if isinstance(spec, Mapping):
+            unknown = sorted(set(spec) - set(known))
+            if unknown or "fn" not in spec:
+                raise RewardError(
+                    f"a reward needs 'fn' and may have weight, timeout and params; found {sorted(spec)}"
+                    + (f": remove or rename {unknown}" if unknown else ": add 'fn: package.module:function'")
+                )
+            made = cls(**{known[name]: value for name, value in spec.items()})
+        else:
+            made = cls(**{to: getattr(spec, name) for name, to in known.items() if hasattr(spec, name)})
+        if not made.timeout_s > 0:
+            raise RewardError(f"{made.fn}: timeout is {made.timeout_s}; give a positive number of seconds")
+        return made
+
+
+class Reward:
+    """A loaded reward function. `one` scores one completion, `group` a whole group; both inject columns by name.
+
+    Exceptions of the function are not caught here: who runs it (rewards.runner) turns them into errors.
+    """
+
+    def __init__(self, address: str, function: Callable[..., Any], params: Mapping[str, Any]) -> None:
+        self.address = address
+        self.function = function
+        self.params = dict(params)
+        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            getattr(function, "__call__", None)
+        )
+        signature = inspect.signature(function)
+        names = signature.parameters
+        self.is_group = "completions" in names
+        if ("completion" in names) == self.is_group:
+            raise RewardError(
+                f"{address}: its parameters are {list(names)}; a reward takes 'completion' (one text) or 'completions' "
+                "(the list of a whole group), and columns of the row by name"
+            )
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in names.values())
+        self.wanted = [n for n, p in names.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        positional = [n for n, p in names.items() if p.kind is p.POSITIONAL_ONLY]
+        if positional:
+            raise RewardError(f"{address}: {positional} are positional-only, but arguments come by name: remove the '/'")
+        self.required = [
+            n for n in self.wanted if names[n].default is inspect.Parameter.empty and n not in ("completion", "completions")
+        ]
+        unknown = [n for n in self.params if n not in self.wanted and not self.takes_all]
+        if unknown:
+            near = {n: difflib.get_close_matches(n, self.wanted, 1) for n in unknown}
+            hints = ", ".join(f"{n!r}" + (f" (did you mean {m[0]!r}?)" if m else "") for n, m in near.items())
+            raise RewardError(f"{address} has no parameter {hints}; it takes {self.wanted}")
+
+    def __repr__(self) -> str:
+        return f"Reward({self.address!r})"
+
+    def _arguments(self, row: Row) -> dict[str, Any]:
+        missing = [n for n in self.required if n not in row and n not in self.params]
+        if missing:
+            raise RewardError(
+                f"{self.address} needs the column{'s' * (len(missing) > 1)} {missing}; the row has {sorted(row)}. Rename "
+                "a column of the data set, or give the value under 'params' of this reward"
+            )
+        skip = ("completion", "completions")
+        columns = {n: v for n, v in row.items() if (self.takes_all or n in self.wanted) and n not in skip}
+        return {**columns, **self.params}
+
+    def one(self, completion: str, row: Row) -> Score | None:
+        """The score of one completion; raises what the function raises, RewardError for a missing column."""
+        if self.is_group:
+            return self.group([completion], row)[0]
+        return to_score(self._run(self.function(completion=completion, **self._arguments(row))), self.address)
+
+    async def one_async(self, completion: str, row: Row) -> Score | None:
+        """As `one`, for an async function of one completion: many can be awaited together."""
+        return to_score(await self.function(completion=completion, **self._arguments(row)), self.address)
+
+    def group(self, completions: Sequence[str], rows: Row | Sequence[Row]) -> list[Score | None]:
+        """The scores of a group. `rows` is the one row that the group shares, or a row per completion."""
+        each = [rows] * len(completions) if isinstance(rows, Mapping) else list(rows)
+        if len(each) != len(completions):
+            raise RewardError(f"{self.address}: {len(completions)} completions but {len(each)} rows")
+        if not self.is_group:
+            return [self.one(completion, row) for completion, row in zip(completions, each)]
+        if not completions:
+            return []
+        arguments = self._arguments(each[0])
+        if any(row is not each[0] and self._arguments(row) != arguments for row in each[1:]):
+            raise RewardError(
+                f"{self.address} takes a whole group (its parameter is 'completions'), but the rows of this group "
+                "differ; a group is the samples of one prompt"
+            )
+        values = self._run(self.function(completions=list(completions), **arguments))
+        if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(completions):
+            raise RewardError(
+                f"{self.address} returned {_short(values)} for a group of {len(completions)}; return a list with one "
+                "float, Score or None per completion"
+            )
+        return [to_score(value, self.address) for value in values]
+
+    def _run(self, value: Any) -> Any:
+        return asyncio.run(value) if inspect.isawaitable(value) else value
+
+
+def to_score(value: Any, address: str) -> Score | None:
+    """A function's return value as a Score: above 0 is `correct`, anything else `wrong`; None stays None.
+
+    Raises RewardError for NaN, infinities and other types.
+    """
+    if value is None or isinstance(value, Score):
+        if isinstance(value, Score) and value.verdict != "error" and not math.isfinite(value.value):
+            raise RewardError(f"{address} returned {value}; the value must be finite")
+        return value
+    if hasattr(value, "item") and not isinstance(value, (int, float)):  # numpy and torch scalars
+        value = value.item()
+    if not isinstance(value, (int, float)):
+        raise RewardError(f"{address} returned {_short(value)}; return a float, a rewards.score.Score or None")
+    if not math.isfinite(value):
+        raise RewardError(f"{address} returned {value}; a reward must be finite: return None where it does not apply")
+    return Score(float(value), "correct" if value > 0 else "wrong")
+
+
+def load_reward(address: str, params: Mapping[str, Any] | None = None) -> Reward:
+    """The reward at `package.module:function` or `./file.py:function`, with `params` bound by name.
+
+    A path is relative to the current folder. Raises RewardError when the address, the module, the function or a
+    parameter is not there; errors inside the module itself (say, its own import) come through unchanged.
+    """
+    place, colon, name = address.rpartition(":")
+    if not colon or not place or not name:
+        raise RewardError(f"{address!r} is not a reward's address; write package.module:function or ./file.py:function")
+    module = _load_file(Path(place)) if place.endswith(".py") else _load_module(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [n for n, v in vars(module).items() if inspect.isroutine(v) and not n.startswith("_")]
+        near = difflib.get_close_matches(name, functions, 1)
+        raise RewardError(
+            f"{place} has no function {name!r}; it has {functions}" + (f". Did you mean {near[0]!r}?" if near else "")
+        )
+    return Reward(address, function, params or {})
+
+
+def _load_module(place: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            raise  # the module is there, something that it imports is not
+        raise RewardError(
+            f"no module {error.name!r} (reward {place}); is it installed? A file is addressed as ./file.py:function"
+        ) from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    full = path.expanduser().resolve()
+    if not full.is_file():
+        raise RewardError(f"no file {path} (looked in {full.parent}); paths are relative to {Path.cwd()}")
+    name = f"reward_{full.stem}_{hashlib.sha1(str(full).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(full.parent) not in sys.path:
+        sys.path.append(str(full.parent))  # last, so that a neighbour can be imported but shadows nothing
+    spec = importlib.util.spec_from_file_location(name, full)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) < 80 else text[:77] + '...'}"

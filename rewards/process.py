@@ -1,0 +1,245 @@
+"""A warm worker process that can be killed at any moment and is back within milliseconds.
+
+Two processes stand behind one `WarmProcess`: a *keeper*, a fresh interpreter (never a fork of the caller, which may hold
+torch's threads or a GPU) that imports what the work needs and then does nothing but fork; and its *worker*, the fork
+that answers requests over two pipes. When a worker hangs, the caller kills it and the keeper forks the next one, with
+everything still imported. The caller trusts nothing that comes back: replies are lines of JSON, and a line that a kill cut
+short is dropped; requests, which only the caller writes, are pickled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pickle
+import resource
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_HEAD = struct.Struct("<4sQ")  # a mark, and the length of the pickle that follows
+_MARK = b"rwd1"
+MAX_REPLY_BYTES = 16 << 20
+START_TIMEOUT_S = 120.0
+_FINISHED = 64  # exit status of a worker that asks to be replaced
+_CLOSED = 65  # exit status of a worker whose caller is gone
+
+Handler = Callable[[Any], Iterator[dict[str, Any]]]  # a request -> JSON-able replies, sent as they come
+
+
+class WorkerGone(Exception):
+    """The process behind the pipes ended or could not start; the message says how."""
+
+
+class WarmProcess:
+    """A keeper and its worker, seen from the caller. Not thread-safe: one thread talks to it.
+
+    `target` is `module:factory`; `factory(*arguments)` is called once in the keeper and returns the handler of
+    requests. `memory_bytes` caps the private memory of the worker. The first message to read is `{"ready": pid, "about": ...}`
+    (the handler's attribute `about`); another one follows every time the keeper has forked anew and carries in `ended` how the previous worker went
+    (a negative number is the signal that killed it). Every request is answered by `{"started": true}`, from when on a
+    deadline can run, and then by what the handler yields; a reply with `replace` set is the worker's last.
+    """
+
+    def __init__(self, target: str, arguments: tuple = (), memory_bytes: int | None = None) -> None:
+        request_read, self._request = os.pipe()
+        self.reply, reply_write = os.pipe()
+        root = str(Path(__file__).resolve().parent.parent)
+        paths = [path or os.getcwd() for path in sys.path]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths + [root])}
+        # -P: a file of the current folder that is named like a module of the library must not shadow it
+        main = "from rewards.process import keep; keep()"
+        command = [sys.executable, "-P", "-c", main, str(request_read), str(reply_write)]
+        try:
+            self._keeper = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
+                pass_fds=(request_read, reply_write), env=environment, start_new_session=True,
+            )
+        finally:
+            os.close(request_read)
+            os.close(reply_write)
+        os.set_blocking(self.reply, False)
+        self.worker_pid: int | None = None
+        self._buffer = bytearray()
+        self.send((target, arguments, memory_bytes))
+
+    def send(self, request: Any) -> None:
+        """Writes one request; raises WorkerGone when the keeper has ended."""
+        payload = pickle.dumps(request, protocol=5)
+        try:
+            _write_all(self._request, _HEAD.pack(_MARK, len(payload)) + payload)
+        except BrokenPipeError as error:
+            raise WorkerGone(self._ending()) from error
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Every complete reply that has arrived, without waiting; raises WorkerGone when the keeper has ended."""
+        closed = False
+        while True:
+            try:
+                piece = os.read(self.reply, 1 << 16)
+            except BlockingIOError:
+                break
+            if not piece:
+                closed = True
+                break
+            self._buffer += piece
+        if len(self._buffer) > MAX_REPLY_BYTES:
+            raise WorkerGone(f"a reply of more than {MAX_REPLY_BYTES} bytes")
+        *lines, rest = self._buffer.split(b"\n")
+        self._buffer = rest
+        replies = []
+        for line in lines:
+            try:
+                reply = json.loads(line) if line else None
+            except ValueError:
+                continue  # cut short when its worker was killed
+            if reply is None:
+                continue
+            if "failed" in reply:
+                raise WorkerGone(f"the worker process could not start:\n{reply['failed']}")
+            if "ready" in reply:
+                self.worker_pid = reply["ready"]
+            replies.append(reply)
+        if closed and not replies:
+            raise WorkerGone(self._ending())
+        return replies
+
+    def wait(self, timeout_s: float) -> list[dict[str, Any]]:
+        """As `receive`, waiting up to `timeout_s` for the first reply; an empty list when none came."""
+        deadline = time.monotonic() + timeout_s
+        while not (replies := self.receive()):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self.reply], [], [], left)[0]:
+                return self.receive()
+        return replies
+
+    def kill_worker(self) -> None:
+        """Kills the worker and what it started, at once; the keeper then forks the next one (see `receive`)."""
+        if self.worker_pid is not None:
+            _kill_group(self.worker_pid)
+            self.worker_pid = None
+
+    def cpu_seconds(self) -> tuple[float, str]:
+        """CPU seconds that the worker has used and its state (`R` running or waiting for a core, `S` sleeping)."""
+        try:
+            fields = Path(f"/proc/{self.worker_pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0, "X"
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0]
+
+    def close(self) -> None:
+        """Ends worker and keeper; safe to call twice."""
+        if self._request < 0:
+            return
+        os.close(self._request)
+        self._request = -1
+        if self.worker_pid is not None:
+            _kill_group(self.worker_pid)
+        _kill_group(self._keeper.pid)
+        self._keeper.wait()
+        os.close(self.reply)
+
+    def _ending(self) -> str:
+        try:
+            status = self._keeper.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            return "a worker process closed its pipe"
+        return f"a worker process ended with status {status}; its messages are on the standard error output"
+
+
+def _kill_group(pid: int) -> None:
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(pid, signal.SIGKILL)
+            return
+        except (ProcessLookupError, PermissionError):  # no group of its own yet, or already gone
+            continue
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+# What follows runs in the keeper and in the worker.
+
+
+def keep() -> None:
+    """The keeper's main program: loads the handler, then forks a worker whenever there is none."""
+    request, reply = int(sys.argv[1]), int(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who then closes the pipes
+    first = _read_frame(request)
+    if first is None:
+        return
+    try:
+        target, arguments, memory_bytes = first
+        module, _, factory = target.partition(":")
+        handler = getattr(importlib.import_module(module), factory)(*arguments)
+    except Exception:
+        _reply(reply, {"failed": traceback.format_exc()})
+        raise SystemExit(1) from None
+    ended: int | None = None
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            if memory_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            os._exit(_serve(request, reply, handler, ended))
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        _kill_group(pid)  # what the worker had started
+        if ended == _CLOSED:
+            return
+
+
+def _serve(request: int, reply: int, handler: Handler, ended: int | None) -> int:
+    _reply(reply, {"ready": os.getpid(), "ended": ended, "about": getattr(handler, "about", None)})
+    while (message := _read_frame(request)) is not None:
+        _reply(reply, {"started": True, "cpu_s": time.process_time()})
+        for answer in handler(message):
+            _reply(reply, answer)
+            if answer.get("replace"):
+                sys.stderr.flush()
+                return _FINISHED
+    return _CLOSED
+
+
+def alarm_after(seconds: float) -> None:
+    """Lets the kernel kill this worker after `seconds` (0 cancels): holds when the caller is gone or the GIL is held."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _reply(descriptor: int, message: dict[str, Any]) -> None:
+    _write_all(descriptor, b"\n" + json.dumps(message).encode() + b"\n")
+
+
+def _read_frame(descriptor: int) -> Any | None:
+    head = _read_exactly(descriptor, _HEAD.size)
+    if head is None:
+        return None
+    mark, size = _HEAD.unpack(head)
+    if mark != _MARK:
+        return None  # a worker died in the middle of a request: give up, the caller starts a new keeper
+    payload = _read_exactly(descriptor, size)
+    return None if payload is None else pickle.loads(payload)
+
+
+def _read_exactly(descriptor: int, size: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < size:
+        piece = os.read(descriptor, min(size - len(data), 1 << 20))
+        if not piece:
+            return None
+        data += piece
+    return bytes(data)

@@ -1,0 +1,118 @@
+"""Loading a reward: addresses, arguments by name, the plural and the async form, messages that say what to do."""
+
+import math
+
+import pytest
+
+from rewards.load import RewardError, RewardSpec, load_reward, to_score
+from rewards.score import Score
+
+SOURCE = '''
+import asyncio
+from rewards.score import Score
+
+def length(completion, answer, limit=10):
+    return 1.0 if len(completion) <= limit and answer in completion else 0.0
+
+def everything(completion, **row):
+    return float(len(row))
+
+def rank(completions, answer):
+    return [float(len(c)) for c in completions]
+
+async def later(completion, answer):
+    await asyncio.sleep(0)
+    return Score(0.5, "correct", {"seen": 1.0})
+
+def skip(completion):
+    return None
+
+def short_list(completions):
+    return [1.0]
+
+def nothing(text):
+    return 1.0
+'''
+
+
+@pytest.fixture()
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def test_arguments_come_from_the_row_by_name(file):
+    reward = load_reward(f"{file}:length")
+    assert reward.one("it is 4", {"answer": "4", "other": 1}) == Score(1.0, "correct")
+    assert reward.one("it is 5", {"answer": "4"}) == Score(0.0, "wrong")
+
+
+def test_params_win_over_columns(file):
+    assert load_reward(f"{file}:length", {"limit": 3}).one("it is 4", {"answer": "4", "limit": 99}).value == 0.0
+
+
+def test_var_keyword_takes_the_whole_row_without_the_completion(file):
+    assert load_reward(f"{file}:everything").one("x", {"a": 1, "b": 2, "completion": "y"}).value == 2.0
+
+
+def test_plural_form_gets_the_group_and_its_one_row(file):
+    reward = load_reward(f"{file}:rank")
+    assert [s.value for s in reward.group(["a", "bb"], {"answer": "4"})] == [1.0, 2.0]
+    with pytest.raises(RewardError, match="one prompt"):
+        reward.group(["a", "bb"], [{"answer": "4"}, {"answer": "5"}])
+
+
+def test_async_function_is_awaited(file):
+    assert load_reward(f"{file}:later").one("x", {"answer": "4"}) == Score(0.5, "correct", {"seen": 1.0})
+
+
+def test_none_means_not_applicable(file):
+    assert load_reward(f"{file}:skip").one("x", {}) is None
+
+
+def test_group_of_the_wrong_length_is_an_error(file):
+    with pytest.raises(RewardError, match="for a group of 2"):
+        load_reward(f"{file}:short_list").group(["a", "b"], {})
+
+
+@pytest.mark.parametrize(
+    "address, params, message",
+    [
+        ("{file}:lenght", {}, "Did you mean 'length'"),
+        ("{file}:nothing", {}, "takes 'completion'"),
+        ("{file}:length", {"limt": 3}, "did you mean 'limit'"),
+        ("{file}x.py:length", {}, "no file"),
+        ("no_such_package.module:fn", {}, "no module 'no_such_package'"),
+        ("rewards.no_such:fn", {}, "no module 'rewards.no_such'"),
+        ("rewards.math", {}, "is not a reward's address"),
+    ],
+)
+def test_loading_errors_say_what_to_do(file, address, params, message):
+    with pytest.raises(RewardError, match=message.replace("(", r"\(")):
+        load_reward(address.format(file=file), params)
+
+
+def test_a_missing_column_is_named(file):
+    with pytest.raises(RewardError, match=r"column \['answer'\]; the row has \['target'\]"):
+        load_reward(f"{file}:length").one("x", {"target": 3})
+
+
+def test_an_import_error_inside_the_module_comes_through(tmp_path):
+    (tmp_path / "broken.py").write_text("import no_such_thing_at_all\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_thing_at_all"):
+        load_reward(f"{tmp_path}/broken.py:fn")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "1.0", [1.0], Score(math.nan, "wrong")])
+def test_a_value_that_is_no_finite_number_is_refused(value):
+    with pytest.raises(RewardError):
+        to_score(value, "a:b")
+
+
+def test_spec_from_a_config_entry():
+    assert RewardSpec.of({"fn": "a:b", "weight": 0.1, "timeout": 3}) == RewardSpec("a:b", 0.1, 3)
+    with pytest.raises(RewardError, match=r"remove or rename \['wieght'\]"):
+        RewardSpec.of({"fn": "a:b", "wieght": 1})
+    with pytest.raises(RewardError, match="positive"):
+        RewardSpec.of({"fn": "a:b", "timeout": 0})
