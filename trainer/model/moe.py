@@ -1,0 +1,164 @@
+"""Mixture of experts (DeepSeek-V3 technical report, section 2.1.2): the router, the routed and the shared experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from trainer.model.config import V3Config
+from trainer.model.layers import SwiGLU, swiglu
+from trainer.precision.recipe import Recipe, grouped_matmul
+
+
+@dataclass
+class Routing:
+    """What a router decided for the tokens of one layer."""
+
+    scores: Float[Tensor, "n experts"]  # sigmoid affinities, float32
+    experts: Int[Tensor, "n k"]
+    weights: Float[Tensor, "n k"]  # float32
+    load: Int[Tensor, " experts"]  # tokens sent to each expert
+
+
+class Router(nn.Module):
+    """Sigmoid affinities in float32; `bias` only selects (auxiliary-loss-free balancing, eq. 16), so it is no
+    parameter: `V3Model.update_router_bias` moves it. It stays float32 in a model of any dtype."""
+
+    def __init__(self, config: V3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def _apply(self, fn, recurse=True):
+        before = self.bias
+        super()._apply(fn, recurse)
+        # A step of 1e-3 is below BF16's resolution of a bias near 1: `model.to(bfloat16)` must not round it.
+        if self.bias.dtype != torch.float32:
+            moved = before.is_meta == self.bias.is_meta
+            self.bias = before.to(self.bias.device) if moved else self.bias.float()
+        return self
+
+    def forward(self, x: Float[Tensor, "n hidden"], replay: Int[Tensor, "n k"] | None = None) -> Routing:
+        """`replay` fixes the experts of every token; a row of -1 lets the router choose."""
+        c = self.config
+        scores = F.linear(x.float(), self.weight.float()).sigmoid()
+        experts = select_experts(scores.detach() + self.bias, c.n_group, c.topk_group, c.num_experts_per_tok)
+        if replay is not None:
+            experts = torch.where(replay < 0, experts, replay.to(experts.dtype))
+        weights = scores.gather(1, experts)
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        load = torch.bincount(experts.flatten(), minlength=c.n_routed_experts)
+        return Routing(scores, experts, weights * c.routed_scaling_factor, load)
+
+
+def select_experts(
+    biased: Float[Tensor, "n experts"], n_group: int, topk_group: int, k: int
+) -> Int[Tensor, "n k"]:
+    """The k best experts within the `topk_group` best groups; a group's score is the sum of its two best experts.
+
+    Experts outside those groups are out of the question (-inf), as in DeepSeek's inference code and transformers 5.19.
+    Older transformers and DeepSeek's remote code set them to 0 instead, and so take an expert of a dropped group where
+    the bias makes fewer than k kept ones positive.
+    """
+    if n_group > 1:
+        grouped = biased.unflatten(1, (n_group, -1))  # [n, groups, experts of a group]
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(topk_group, dim=-1).indices
+        dropped = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        biased = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(1)
+    return biased.topk(k, dim=-1).indices
+
+
+class Experts(nn.Module):
+    """All routed experts' SwiGLUs, stacked. Tokens are sorted by expert once, so each product is one grouped one."""
+
+    def __init__(self, config: V3Config, recipe: Recipe) -> None:
+        super().__init__()
+        experts, hidden, wide = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.w13 = nn.Parameter(torch.empty(experts, 2 * wide, hidden))
+        self.w2 = nn.Parameter(torch.empty(experts, hidden, wide))
+        self.recipe: Recipe = recipe
+
+    def forward(self, x: Float[Tensor, "n hidden"], routing: Routing) -> Float[Tensor, "n hidden"]:
+        k = routing.experts.shape[1]
+        order = routing.experts.flatten().argsort(stable=True)  # rows by expert; row r is choice r % k of token r // k
+        offsets = routing.load.cumsum(0).to(torch.int32)
+        rows = _Dispatch.apply(x, order, k)
+        rows = swiglu(grouped_matmul(rows, self.w13, offsets, self.recipe))
+        rows = grouped_matmul(rows, self.w2, offsets, self.recipe)
+        chosen = _Reorder.apply(rows, order).unflatten(0, (-1, k))  # [n, k, hidden]
+        return (chosen * routing.weights[..., None].to(x.dtype)).sum(1)
+
+
+def _inverse(order: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+class _Dispatch(torch.autograd.Function):
+    """Copies every token once per chosen expert, in the order of the experts; gathers (no atomic adds) both ways."""
+
+    @staticmethod
+    def forward(ctx, x, order, k):
+        ctx.save_for_backward(order)
+        ctx.k = k
+        return x[order // k]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (order,) = ctx.saved_tensors
+        return grad[_inverse(order)].unflatten(0, (-1, ctx.k)).sum(1), None, None
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in the order of experts back to the order of tokens."""
+
+    @staticmethod
+    def forward(ctx, rows, order):
+        ctx.save_for_backward(order)
+        return rows[_inverse(order)]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (order,) = ctx.saved_tensors
+        return grad[order], None
+
+
+class MoE(nn.Module):
+    """shared(x) + Σ weight · expert(x), eq. 12."""
+
+    def __init__(self, config: V3Config, recipe: Recipe) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config, recipe)
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        self.shared = SwiGLU(config.hidden_size, shared, recipe) if shared else None
+
+    def forward(
+        self, x: Float[Tensor, "n hidden"], replay: Int[Tensor, "n k"] | None = None
+    ) -> tuple[Float[Tensor, "n hidden"], Routing]:
+        routing = self.router(x, replay)
+        y = self.experts(x, routing)
+        return (y if self.shared is None else y + self.shared(x)), routing
+
+
+def sequence_balance(
+    routing: Routing, k: int, document_ids: Int[Tensor, " n"], documents: int
+) -> Float[Tensor, " documents"]:
+    """The sequence-wise balance loss of every document, without its factor α (eq. 17-20): Σ_i f_i P_i with f_i the
+    share of tokens that have expert i among their k highest affinities (bias and groups left out, as in eq. 18)
+    times experts / k, and P_i the mean normalised affinity. 1 when the load is even."""
+    scores = routing.scores
+    experts = scores.shape[1]
+    probs = scores / scores.sum(-1, keepdim=True)
+    hits = torch.zeros_like(scores).scatter_(1, scores.detach().topk(k, dim=-1).indices, 1.0)
+
+    def mean_per_document(values: Float[Tensor, "n experts"]) -> Float[Tensor, "documents experts"]:
+        total = values.new_zeros(documents, experts).index_add(0, document_ids, values)
+        return total / torch.bincount(document_ids, minlength=documents)[:, None]
+
+    return (mean_per_document(hits) * (experts / k) * mean_per_document(probs)).sum(-1)
