@@ -1,0 +1,149 @@
+"""pass@1 over n samples, unbiased pass@k and cons@k of held-out questions.
+
+The numbers come from pure functions over `Outcome`s; `write_and_score` is the driver that makes them with an engine
+and the run's rewards. What counts as correct is the verdict of the first reward in the config that applies to the row
+(rewards of form come after the task's own).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rewards.extract import final_part
+from rollout.engine import Engine, Prompt, Request, Rollout, Sampling
+
+if TYPE_CHECKING:
+    from rewards.runner import RewardRunner
+    from rlzero.groups import Group
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One completion of a question. `correct` is None where the checker itself failed: such a sample is counted as an
+    error and in nothing else. `answer` is the extracted answer, None where there is none."""
+
+    correct: bool | None
+    answer: str | None
+    tokens: int
+    truncated: bool
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Chance that at least one of k samples drawn without replacement from `samples`, of which `correct` are right,
+    is right: 1 - C(n - c, k) / C(n, k), the unbiased estimate of arXiv 2107.03374, equation 1."""
+    if not 0 <= correct <= samples or not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} of {samples} samples with {correct} correct: needs 0 <= correct <= n and 1 <= k <= n")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def consensus(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the answer that most samples give is correct (cons@k of arXiv 2501.12948, majority voting). Samples
+    without an answer do not vote; of equally frequent answers the one given first wins; where samples with one answer
+    are judged differently (a checker that also reads the reasoning), their majority decides."""
+    votes = Counter(o.answer for o in outcomes if o.answer is not None and o.correct is not None)
+    if not votes:
+        return False
+    winner = max(votes, key=lambda answer: votes[answer])  # max keeps the first of equals, a Counter the order of votes
+    verdicts = [o.correct for o in outcomes if o.answer == winner and o.correct is not None]
+    return sum(verdicts) * 2 > len(verdicts)
+
+
+def summarize(questions: Sequence[Sequence[Outcome]]) -> dict[str, float]:
+    """The figures of an evaluation, one inner sequence per question.
+
+    `pass_at_1` is the mean over questions of the share of correct samples and `pass_at_1_stderr` its standard error
+    over questions; `pass_at_k` and `cons_at_k` use all k samples of a question; `n` is k, `prompts` the number of
+    questions; `length_mean` is in tokens; `truncated`, `unparsed` and `errors` are shares of all samples.
+    """
+    if not questions:
+        raise ValueError("an evaluation without questions has no result")
+    valid = [[o for o in outcomes if o.correct is not None] for outcomes in questions]
+    graded = [outcomes for outcomes in valid if outcomes]
+    everything = [o for outcomes in questions for o in outcomes]
+    if not graded:
+        raise ValueError(f"all {len(everything)} samples ended in a checker's error; there is no result")
+    shares = [sum(bool(o.correct) for o in outcomes) / len(outcomes) for outcomes in graded]
+    mean = sum(shares) / len(shares)
+    spread = sum((share - mean) ** 2 for share in shares) / max(len(shares) - 1, 1)
+    return {
+        "pass_at_1": mean,
+        "pass_at_1_stderr": math.sqrt(spread / len(shares)),
+        "pass_at_k": sum(
+            pass_at_k(len(outcomes), sum(bool(o.correct) for o in outcomes), len(outcomes)) for outcomes in graded
+        )
+        / len(graded),
+        "cons_at_k": sum(consensus(outcomes) for outcomes in graded) / len(graded),
+        "n": max(len(outcomes) for outcomes in questions),
+        "prompts": len(questions),
+        "length_mean": sum(o.tokens for o in everything) / len(everything),
+        "truncated": sum(o.truncated for o in everything) / len(everything),
+        "unparsed": sum(o.answer is None for o in everything) / len(everything),
+        "errors": sum(o.correct is None for o in everything) / len(everything),
+    }
+
+
+def outcomes(group: Group) -> list[Outcome]:
+    """What the scored completions of one question amount to."""
+    return [_outcome(rollout, scores) for rollout, scores in zip(group.rollouts, group.scores, strict=True)]
+
+
+def answer_of(completion: str) -> str | None:
+    """The answer a completion votes for, spaces taken out: what stands in the last `\\boxed{}` of its final part, else
+    the final part itself. None where there is no final part."""
+    text = final_part(completion).text
+    if text is None:
+        return None
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        depth = 0
+        for end in range(start + 6, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                text = text[start + 7 : end]
+                break
+    return re.sub(r"\s+", "", text) or None
+
+
+def write_and_score(
+    engine: Engine, runner: RewardRunner, prompts: Sequence[Prompt], samples: int, sampling: Sampling
+) -> list[Group]:
+    """`samples` completions of every prompt with their scores, in the order of `prompts`. A group is scored as soon as
+    its last completion is written, while the engine goes on."""
+    from rlzero.groups import Group
+
+    groups = {prompt.id: Group(prompt, []) for prompt in prompts}
+    written: dict[str, dict[int, Rollout]] = {prompt.id: {} for prompt in prompts}
+    engine.submit([Request(p.id, s, p.tokens, sampling) for p in prompts for s in range(samples)])
+    unwritten, unscored = len(prompts), len(prompts)
+    while unscored:
+        if unwritten:
+            ended = engine.completed()
+            if not ended:
+                raise RuntimeError(f"the engine went idle with {unwritten} of {len(prompts)} questions unfinished")
+            for rollout in ended:
+                mine = written[rollout.prompt_id]
+                mine[rollout.sample] = rollout
+                if len(mine) == samples:
+                    unwritten -= 1
+                    group = groups[rollout.prompt_id]
+                    group.rollouts = [mine[s] for s in range(samples)]
+                    runner.submit(rollout.prompt_id, [r.text for r in group.rollouts], group.prompt.row)
+        for key, scores in runner.completed(timeout_s=0.0 if unwritten else None):
+            groups[key].scores = [list(of_sample) for of_sample in zip(*scores, strict=True)]
+            unscored -= 1
+    return [groups[prompt.id] for prompt in prompts]
+
+
+def _outcome(rollout: Rollout, scores: list) -> Outcome:
+    judge = next((score for score in scores if score is not None), None)
+    return Outcome(
+        correct=None if judge is None or judge.verdict == "error" else judge.verdict == "correct",
+        answer=answer_of(rollout.text),
+        tokens=len(rollout.tokens),
+        truncated=rollout.finish_reason == "length",
+    )
