@@ -20,31 +20,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-# --- swapped for the trainer's own records once they are there -------------------------------------------------------
-
+from trainer.losses import LossOptions
+from trainer.optimizer import OptimizerOptions
 
 class _Section(BaseModel):
     """What every part of a config has in common: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class LossOptions(_Section):
-    policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"
-    clip_low: float = Field(10.0, ge=0)
-    clip_high: float = Field(10.0, ge=0)
-    aggregation: Literal["token", "sequence", "constant"] = "sequence"
-    constant_length: int | None = None
-    kl_coef: float = Field(1e-3, ge=0)
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    kl_in: Literal["loss", "reward"] = "loss"
-    entropy_coef: float = 0.0
-    correction: Literal["none", "tis", "icepop"] = "none"
-    correction_level: Literal["token", "sequence"] = "token"
-    correction_low: float = 0.5
-    correction_high: float = 2.0
 
 
 class PolicyOptions(_Section):
@@ -53,20 +37,6 @@ class PolicyOptions(_Section):
     recipe: Literal["bf16", "fp8", "fp8_emulated"] = "bf16"
     activation_checkpointing: bool = False
     freeze_router_bias: bool = False
-
-
-class OptimizerOptions(_Section):
-    lr: float = Field(3e-6, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    total_steps: int | None = None
-    min_lr_ratio: float = 0.1
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    router_bias_gamma: float = 0.0
 
 
 # --- the sections ----------------------------------------------------------------------------------------------------
@@ -93,7 +63,7 @@ class Reward(_Section):
     """One checker: `package.module:function` or `./file.py:function`."""
 
     fn: str
-    weight: float = 1.0
+    weight: float = 1.0  # the reward of the greatest weight that applies to a row decides what counts as correct
     timeout_s: float = Field(5.0, gt=0)
     params: dict[str, Any] = {}
 
@@ -129,12 +99,16 @@ class Algorithm(_Section):
     """How rewards become advantages, and which groups and samples take part."""
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
-    dynamic_sampling: bool = False  # refill groups whose rewards are all equal (DAPO)
-    max_refills: NonNegative = 4  # rounds of refilling before the step goes on with fewer groups
+    max_refills: NonNegative = 0  # dynamic sampling (DAPO): waves that replace groups whose rewards are all equal
     overlong_buffer_tokens: NonNegative = 0  # soft punishment starts this far before max_tokens (DAPO)
     overlong_penalty: float = Field(1.0, ge=0)  # what a completion of max_tokens loses
     mask_truncated: bool = False  # completions cut at max_tokens teach nothing
     reference_refresh_steps: NonNegative = 25  # 400 of the paper's steps; 0 keeps the first reference
+
+    @property
+    def dynamic_sampling(self) -> bool:
+        """Whether groups that teach nothing are replaced."""
+        return self.max_refills > 0
 
 
 class Checkpoints(_Section):
@@ -187,6 +161,18 @@ class Config(_Section):
     cluster: Cluster = Cluster()
     tracking: tuple[Tracker, ...] = ("tensorboard",)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _end_of_schedule(cls, tree: Any) -> Any:
+        """The learning rate's schedule ends with the run: `optimizer.total_steps` is computed, not configured."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("optimizer", {}), dict):
+            return tree
+        batch = tree.get("batch") if isinstance(tree.get("batch"), dict) else {}
+        steps, minibatches = tree.get("steps", 650), batch.get("minibatches", 16)
+        if type(steps) is not int or type(minibatches) is not int or steps < 1 or minibatches < 1:
+            return tree  # reported by the fields themselves
+        return {**tree, "optimizer": {"total_steps": steps * minibatches, **tree.get("optimizer", {})}}
+
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
         """The run that `path` and the overrides describe. Raises `ConfigError` with every mistake found."""
@@ -198,7 +184,8 @@ class Config(_Section):
 
     def resolved_yaml(self) -> str:
         """Every field with its value; reading this text again gives an equal config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        tree = self.model_dump(mode="json", exclude={"optimizer": {"total_steps"}})
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -253,6 +240,13 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             f"rollout.max_tokens: data.max_prompt_tokens {data.max_prompt_tokens} + rollout.max_tokens "
             f"{rollout.max_tokens} = {longest} is longer than the policy's context of {context} tokens "
             f"(max_position_embeddings of {config.policy.path})",
+        )
+    updates = config.steps * batch.minibatches
+    if config.optimizer.total_steps not in (None, updates):
+        yield (
+            ("optimizer.total_steps", "steps", "batch.minibatches"),
+            f"optimizer.total_steps: {config.optimizer.total_steps}, but the run makes {config.steps} steps x "
+            f"{batch.minibatches} minibatches = {updates} updates; leave it out, it follows from those",
         )
     if algorithm.overlong_buffer_tokens >= rollout.max_tokens:
         yield (
@@ -355,7 +349,8 @@ def _describe(model: type[BaseModel], item: dict) -> str:
     if item["type"] == "missing":
         return f"{name}: missing, and it has no default"
     found = "" if isinstance(item["input"], dict | list) else f", found {item['input']!r}"
-    message = item["msg"][0].lower() + item["msg"][1:]
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     if item["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
         return f"{name}: must be one of {', '.join(choices)}{found}{_nearest(str(item['input']), choices)}"

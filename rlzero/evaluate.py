@@ -1,8 +1,8 @@
 """pass@1 over n samples, unbiased pass@k and cons@k of held-out questions.
 
 The numbers come from pure functions over `Outcome`s; `write_and_score` is the driver that makes them with an engine
-and the run's rewards. What counts as correct is the verdict of the first reward in the config that applies to the row
-(rewards of form come after the task's own).
+and the run's rewards. What counts as correct is the verdict of the reward of the greatest weight that applies to the row, the first
+of equals: the task's own checker, rather than those of form beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from rollout.engine import Engine, Prompt, Request, Rollout, Sampling
 
 if TYPE_CHECKING:
     from rewards.runner import RewardRunner
+    from rewards.score import Score
+    from rlzero.config import Reward
     from rlzero.groups import Group
 
 
@@ -53,7 +55,12 @@ def consensus(outcomes: Sequence[Outcome]) -> bool:
     return sum(verdicts) * 2 > len(verdicts)
 
 
-def summarize(questions: Sequence[Sequence[Outcome]]) -> dict[str, float]:
+def summarise(groups: Sequence[Group], rewards: Sequence[Reward]) -> dict[str, float]:
+    """The figures of an evaluation, from its scored groups and the config's rewards; see `figures`."""
+    return figures([outcomes(group, rewards) for group in groups])
+
+
+def figures(questions: Sequence[Sequence[Outcome]]) -> dict[str, float]:
     """The figures of an evaluation, one inner sequence per question.
 
     `pass_at_1` is the mean over questions of the share of correct samples and `pass_at_1_stderr` its standard error
@@ -87,9 +94,9 @@ def summarize(questions: Sequence[Sequence[Outcome]]) -> dict[str, float]:
     }
 
 
-def outcomes(group: Group) -> list[Outcome]:
+def outcomes(group: Group, rewards: Sequence[Reward]) -> list[Outcome]:
     """What the scored completions of one question amount to."""
-    return [_outcome(rollout, scores) for rollout, scores in zip(group.rollouts, group.scores, strict=True)]
+    return [_outcome(rollout, scores, rewards) for rollout, scores in zip(group.rollouts, group.scores, strict=True)]
 
 
 def answer_of(completion: str) -> str | None:
@@ -139,8 +146,9 @@ def write_and_score(
     return [groups[prompt.id] for prompt in prompts]
 
 
-def _outcome(rollout: Rollout, scores: list) -> Outcome:
-    judge = next((score for score in scores if score is not None), None)
+def _outcome(rollout: Rollout, scores: Sequence[Score | None], rewards: Sequence[Reward]) -> Outcome:
+    applying = [(reward.weight, score) for score, reward in zip(scores, rewards, strict=True) if score is not None]
+    judge = max(applying, key=lambda pair: pair[0])[1] if applying else None  # max keeps the first of equals
     return Outcome(
         correct=None if judge is None or judge.verdict == "error" else judge.verdict == "correct",
         answer=answer_of(rollout.text),
