@@ -1,0 +1,190 @@
+"""Advantages and shaping against the papers' formulas, in plain Python over lists of the samples that count."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlzero.advantages import (
+    ADVANTAGES,
+    EPSILON,
+    degenerate,
+    dr_grpo,
+    grpo,
+    kl_in_reward,
+    overlong_penalty,
+    reinforce_pp,
+    reinforce_pp_tokens,
+    rloo,
+    truncated,
+)
+
+BOUND = 1e-12
+
+
+def mean(values):
+    return math.fsum(values) / len(values)
+
+
+def deviation(values):
+    m = mean(values)
+    return math.sqrt(math.fsum((v - m) ** 2 for v in values) / len(values))
+
+
+def reference_group(name, rewards):
+    """One group of rewards that all count."""
+    if len(set(rewards)) == 1:
+        return [0.0] * len(rewards)
+    if name == "grpo":
+        return [(r - mean(rewards)) / (deviation(rewards) + EPSILON) for r in rewards]
+    if name == "dr_grpo":
+        return [r - mean(rewards) for r in rewards]
+    return [r - mean(rewards[:i] + rewards[i + 1 :]) for i, r in enumerate(rewards)]  # rloo
+
+
+def reference(name, rewards, mask):
+    """Only the samples that count reach the formula; the others are put back as 0."""
+    kept = [[r for r, m in zip(rs, ms) if m] for rs, ms in zip(rewards, mask)]
+    if name == "reinforce_pp":
+        raw = [[r - mean(group) if len(set(group)) > 1 else 0.0 for r in group] for group in kept]
+        every = [v for group in raw for v in group]
+        flat = not every or len(set(every)) == 1
+        values = [[0.0 if flat else (v - mean(every)) / (deviation(every) + EPSILON) for v in group] for group in raw]
+    else:
+        values = [reference_group(name, group) for group in kept]
+    rows = []
+    for group, ms in zip(values, mask):
+        left = iter(group)
+        rows.append([next(left) if m else 0.0 for m in ms])
+    return np.array(rows)
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 10_000), groups=st.integers(1, 5), samples=st.integers(2, 8), binary=st.booleans())
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_advantages_are_the_papers_formula_over_the_samples_that_count(name, seed, groups, samples, binary):
+    rng = random.Random(seed)
+    rewards = [[float(rng.random() < 0.4) if binary else rng.gauss(0, 2) for _ in range(samples)] for _ in range(groups)]
+    mask = [[rng.random() < 0.8 for _ in range(samples)] for _ in range(groups)]
+    given_rewards = np.where(mask, rewards, np.nan)  # what a failed checker leaves
+    found = ADVANTAGES[name](given_rewards, np.array(mask))
+    np.testing.assert_allclose(found, reference(name, rewards, mask), atol=BOUND, rtol=1e-9)
+
+
+def test_grpo_by_hand():
+    assert grpo(np.array([[1.0, 0.0, 0.0, 0.0]]))[0] == pytest.approx([3**0.5] + [-(3**-0.5)] * 3, rel=1e-5)
+
+
+def test_rloo_by_hand():
+    assert rloo(np.array([[1.0, 0.0, 0.5]]))[0] == pytest.approx([0.75, -0.75, 0.0])
+
+
+def test_reinforce_pp_of_groups_of_one_normalises_over_the_batch():
+    rewards = [0.0, 1.0, 3.0]
+    found = reinforce_pp(np.array(rewards)[:, None])[:, 0]
+    assert found == pytest.approx([(r - mean(rewards)) / (deviation(rewards) + EPSILON) for r in rewards], abs=BOUND)
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_equal_rewards_teach_nothing(name):
+    """0.1 seven times has a mean that is not 0.1 in floating point; a deviation of 1e-17 must not become advantage 1."""
+    assert (ADVANTAGES[name](np.full((3, 7), 0.1)) == 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+@pytest.mark.parametrize("counting", [0, 1])
+def test_a_group_of_fewer_than_two_that_count_teaches_nothing(name, counting):
+    mask = np.zeros((1, 4), dtype=bool)
+    mask[0, :counting] = True
+    assert (ADVANTAGES[name](np.where(mask, 5.0, np.nan), mask) == 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_an_unmasked_failure_is_refused(name):
+    with pytest.raises(ValueError, match="1 rewards that count are not finite"):
+        ADVANTAGES[name](np.array([[1.0, np.nan]]))
+
+
+def test_a_flat_array_is_refused():
+    with pytest.raises(ValueError, match="expected both \\[groups, samples\\]"):
+        dr_grpo(np.zeros(4))
+
+
+def test_reinforce_pp_tokens_is_the_papers_formula():
+    rng = random.Random(3)
+    kl = [[rng.gauss(0.1, 0.3) for _ in range(n)] for n in (4, 1, 6)]
+    rewards = [1.0, 0.0, 0.5]
+    raw = [[r - 0.2 * math.fsum(k[t:]) for t in range(len(k))] for r, k in zip(rewards, kl)]
+    every = [v for row in raw for v in row]
+    found = reinforce_pp_tokens(np.array(rewards), [np.array(k) for k in kl], 0.2)
+    for f, row in zip(found, raw):
+        assert f.tolist() == pytest.approx([(v - mean(every)) / (deviation(every) + EPSILON) for v in row], abs=BOUND)
+
+
+def test_degenerate_groups_are_those_without_a_difference_that_counts():
+    nan = np.nan
+    rewards = np.array([[1, 1, 1], [0, 0, 0], [0, 1, 0], [1, 1, 0], [1, nan, nan], [nan, nan, nan], [1, nan, 0]])
+    mask = ~np.isnan(rewards)
+    mask[3] = [True, True, False]  # the one that differs does not count
+    assert degenerate(rewards, mask).tolist() == [True, True, False, True, True, True, False]
+
+
+def test_degenerate_groups_are_exactly_those_with_zero_grpo_advantages():
+    rng = np.random.default_rng(0)
+    rewards = rng.integers(0, 2, (200, 4)).astype(float)
+    mask = rng.random((200, 4)) < 0.7
+    assert (degenerate(rewards, mask) == (grpo(rewards, mask) == 0).all(axis=1)).all()
+
+
+def test_truncated_completions_are_those_cut_at_the_limit():
+    assert truncated(["stop", "length", "interrupted"]).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.25])
+def test_overlong_penalty_is_dapo_equation_13(penalty):
+    longest, cache = 20480, 4096
+
+    def equation(length):
+        if length <= longest - cache:
+            return 0.0
+        return (longest - cache - length) / cache if length <= longest else -1.0
+
+    lengths = [1, 16384, 16385, 18432, 20479, 20480, 20481, 30000]
+    found = overlong_penalty(np.array(lengths), longest, cache, penalty)
+    assert found.tolist() == pytest.approx([penalty * equation(n) for n in lengths], abs=BOUND)
+
+
+def test_a_buffer_of_zero_turns_the_penalty_off():
+    assert overlong_penalty(np.array([1, 99, 200]), 100, 0).tolist() == [0, 0, 0]
+
+
+def test_an_overlong_buffer_longer_than_the_completion_is_refused():
+    with pytest.raises(ValueError, match="buffer is 200 tokens and max_tokens 100"):
+        overlong_penalty(np.array([1]), 100, 200)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_in_the_reward_takes_off_the_sum_over_the_sequence(estimator):
+    rng = random.Random(5)
+    policy = [[-abs(rng.gauss(1, 1)) for _ in range(n)] for n in (3, 5, 1, 2)]
+    other = [[p + rng.gauss(0, 0.3) for p in row] for row in policy]
+    rewards = [[1.0, 0.0], [0.5, 2.0]]
+    one = {
+        "k1": lambda p, q: p - q,
+        "k2": lambda p, q: (p - q) ** 2 / 2,
+        "k3": lambda p, q: math.exp(q - p) - 1 - (q - p),
+    }[estimator]
+    sums = [math.fsum(one(p, q) for p, q in zip(a, b)) for a, b in zip(policy, other)]
+    expected = [[1.0 - 0.1 * sums[0], -0.1 * sums[1]], [0.5 - 0.1 * sums[2], 2.0 - 0.1 * sums[3]]]
+    found = kl_in_reward(np.array(rewards), list(map(np.array, policy)), list(map(np.array, other)), 0.1, estimator)
+    np.testing.assert_allclose(found, expected, atol=BOUND)
+
+
+def test_kl_in_the_reward_wants_one_array_for_each_reward():
+    with pytest.raises(ValueError, match="4 rewards, but log-probabilities of 1 samples"):
+        kl_in_reward(np.zeros((2, 2)), [np.zeros(3)], [np.zeros(3)], 0.1)
