@@ -110,7 +110,9 @@ def overlong_penalty(
     turns it off.
     """
     if not 0 <= buffer <= max_tokens:
-        raise ValueError(f"overlong buffer is {buffer} tokens and max_tokens {max_tokens}; it must lie between 0 and that")
+        raise ValueError(
+            f"overlong buffer is {buffer} tokens and max_tokens {max_tokens}; it must lie between 0 and that"
+        )
     lengths = np.asarray(lengths)
     if buffer == 0:
         return np.zeros(lengths.shape)
@@ -129,9 +131,15 @@ def kl_in_reward(
     statistics (RLOO, arXiv 2402.14740, eq. 2). `logprobs` (the trainer's, old) and `reference` hold one array of
     completion tokens for each sample, in the order of `rewards` read row by row."""
     if len(logprobs) != rewards.size:
-        raise ValueError(f"{rewards.size} rewards, but log-probabilities of {len(logprobs)} samples; give one array for each")
+        raise ValueError(
+            f"{rewards.size} rewards, but log-probabilities of {len(logprobs)} samples; give one array for each"
+        )
     sums = [
-        float(kl_divergence(torch.as_tensor(p, dtype=torch.float64), torch.as_tensor(q, dtype=torch.float64), estimator).sum())
+        float(
+            kl_divergence(
+                torch.as_tensor(p, dtype=torch.float64), torch.as_tensor(q, dtype=torch.float64), estimator
+            ).sum()
+        )
         for p, q in zip(logprobs, reference, strict=True)
     ]
     return rewards - kl_coef * np.array(sums).reshape(rewards.shape)
@@ -145,7 +153,9 @@ def _masked(rewards: Rewards, mask: Mask | None) -> tuple[Rewards, Mask]:
     rewards = np.asarray(rewards, dtype=np.float64)
     mask = np.ones(rewards.shape, dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
     if rewards.ndim != 2 or mask.shape != rewards.shape:
-        raise ValueError(f"rewards of shape {rewards.shape} with a mask of {mask.shape}; expected both [groups, samples]")
+        raise ValueError(
+            f"rewards of shape {rewards.shape} with a mask of {mask.shape}; expected both [groups, samples]"
+        )
     broken = int((~np.isfinite(rewards[mask])).sum())
     if broken:  # a failed checker is NaN: it must have been masked, and must not spread over its group
         raise ValueError(f"{broken} rewards that count are not finite; samples whose checker failed must be masked")

@@ -83,12 +83,16 @@ class LossOptions(BaseModel):
 # --- sums over the documents of a packed batch -----------------------------------------------------------------------
 
 
-def document_sum(values: Float[Tensor, " tokens"], documents: Int[Tensor, " tokens"], count: int) -> Float[Tensor, " count"]:
+def document_sum(
+    values: Float[Tensor, " tokens"], documents: Int[Tensor, " tokens"], count: int
+) -> Float[Tensor, " count"]:
     """Sum of `values` over the tokens of each of `count` documents; 0 for a document without tokens."""
     return values.new_zeros(count).index_add(0, documents, values)
 
 
-def document_mean(values: Float[Tensor, " tokens"], documents: Int[Tensor, " tokens"], count: int) -> Float[Tensor, " count"]:
+def document_mean(
+    values: Float[Tensor, " tokens"], documents: Int[Tensor, " tokens"], count: int
+) -> Float[Tensor, " count"]:
     """Mean of `values` over the tokens of each of `count` documents; 0 for a document without tokens."""
     lengths = document_sum(torch.ones_like(values), documents, count)
     return document_sum(values, documents, count) / lengths.clamp(min=1)
@@ -268,11 +272,19 @@ def policy_loss(
             ("teacher_logprobs", batch.teacher_logprobs),
         )
     )
-    old = new.detach() if batch.old_logprobs is None else _finite("old_logprobs", batch.old_logprobs[mask].to(new.dtype))
+    old = (
+        new.detach() if batch.old_logprobs is None else _finite("old_logprobs", batch.old_logprobs[mask].to(new.dtype))
+    )
 
     def average(values: Tensor) -> Tensor:
         return aggregate(
-            values, documents, count, options.aggregation, batch.total_tokens, batch.total_sequences, options.constant_length
+            values,
+            documents,
+            count,
+            options.aggregation,
+            batch.total_tokens,
+            batch.total_sequences,
+            options.constant_length,
         )
 
     metrics: Metrics = {}
@@ -305,7 +317,9 @@ def policy_loss(
         if options.kl_in == "loss" and options.kl_coef:
             loss = loss + options.kl_coef * average(kl_divergence(new, reference, options.kl_estimator))
     elif options.kl_in == "loss" and options.kl_coef:
-        raise ValueError(f"kl_coef is {options.kl_coef} and the batch has no reference_logprobs; set kl_coef to 0 or give a reference")
+        raise ValueError(
+            f"kl_coef is {options.kl_coef} and the batch has no reference_logprobs; set kl_coef to 0 or give a reference"
+        )
     if entropy is not None:
         metrics["entropy"] = _sum_and_count(entropy[mask])
         if options.entropy_coef:
@@ -336,7 +350,9 @@ def _finite(name: str, values: Tensor) -> Tensor:
     """`values`, or ValueError: a NaN here is a failed reward or a broken engine, and must not become a gradient."""
     broken = int((~torch.isfinite(values)).sum())
     if broken:
-        raise ValueError(f"{name}: {broken} of {values.numel()} tokens in the loss mask are not finite; mask their samples")
+        raise ValueError(
+            f"{name}: {broken} of {values.numel()} tokens in the loss mask are not finite; mask their samples"
+        )
     return values
 
 

@@ -69,7 +69,9 @@ def reference(name, rewards, mask):
 @pytest.mark.parametrize("name", sorted(ADVANTAGES))
 def test_advantages_are_the_papers_formula_over_the_samples_that_count(name, seed, groups, samples, binary):
     rng = random.Random(seed)
-    rewards = [[float(rng.random() < 0.4) if binary else rng.gauss(0, 2) for _ in range(samples)] for _ in range(groups)]
+    rewards = [
+        [float(rng.random() < 0.4) if binary else rng.gauss(0, 2) for _ in range(samples)] for _ in range(groups)
+    ]
     mask = [[rng.random() < 0.8 for _ in range(samples)] for _ in range(groups)]
     given_rewards = np.where(mask, rewards, np.nan)  # what a failed checker leaves
     found = ADVANTAGES[name](given_rewards, np.array(mask))

@@ -62,7 +62,9 @@ def make_docs(seed: int, lengths=(3, 7, 1, 5), spread: float = 0.4, token_advant
     return docs
 
 
-def make_batch(docs: list[Doc], total_tokens: int | None = None, total_sequences: int | None = None, drop=(), dtype=torch.float64):
+def make_batch(
+    docs: list[Doc], total_tokens: int | None = None, total_sequences: int | None = None, drop=(), dtype=torch.float64
+):
     """The docs packed into one batch, with its logprobs (a leaf) and entropy. Prompt tokens carry NaN everywhere."""
     lengths = [d.prompt + len(d.new) for d in docs]
     flat = lambda name: torch.tensor(  # noqa: E731
@@ -144,7 +146,9 @@ def assert_matches(docs: list[Doc], opts: LossOptions, reference, drop=()):
     expected = reference(news)
     assert loss.item() == pytest.approx(expected, abs=VALUE, rel=VALUE)
     for d, start in enumerate(batch.bounds[:-1].tolist()):
-        assert gradient[start : start + docs[d].prompt].abs().max() == 0  # prompts teach nothing, even where they are NaN
+        assert (
+            gradient[start : start + docs[d].prompt].abs().max() == 0
+        )  # prompts teach nothing, even where they are NaN
         for t in range(len(docs[d].new)):
             sides = []
             for step in (1e-6, -1e-6):
@@ -157,7 +161,10 @@ def assert_matches(docs: list[Doc], opts: LossOptions, reference, drop=()):
 
 def selected(docs, news):
     """(new, old, advantages) of the tokens in the loss mask of each document."""
-    return [([v for t, v in enumerate(n) if t not in d.masked], d.kept("old"), d.kept("advantages")) for d, n in zip(docs, news)]
+    return [
+        ([v for t, v in enumerate(n) if t not in d.masked], d.kept("old"), d.kept("advantages"))
+        for d, n in zip(docs, news)
+    ]
 
 
 AGGREGATIONS = [("token", None), ("sequence", None), ("constant", 16)]
@@ -236,8 +243,10 @@ def test_kl_in_the_loss(estimator, aggregation, constant):
     assert_matches(
         docs,
         options(kl_coef=0.3, kl_estimator=estimator, aggregation=aggregation, constant_length=constant),
-        lambda news: averaged([ppo_terms(*s, 0.2, 0.28) for s in selected(docs, news)], aggregation, constant)
-        + 0.3 * averaged([kl_terms(n, d.reference, estimator) for d, n in zip(docs, news)], aggregation, constant),
+        lambda news: (
+            averaged([ppo_terms(*s, 0.2, 0.28) for s in selected(docs, news)], aggregation, constant)
+            + 0.3 * averaged([kl_terms(n, d.reference, estimator) for d, n in zip(docs, news)], aggregation, constant)
+        ),
     )
 
 
@@ -288,9 +297,13 @@ def test_entropy_bonus_has_its_value_and_gradient(aggregation, constant):
     opts = options(aggregation=aggregation, constant_length=constant)
     plain, _ = policy_loss(logprobs, entropy, batch, opts)
     loss, _ = policy_loss(logprobs, entropy, batch, opts.model_copy(update={"entropy_coef": 0.01}))
-    assert (loss - plain).item() == pytest.approx(-0.01 * averaged([d.entropy for d in docs], aggregation, constant), abs=VALUE)
+    assert (loss - plain).item() == pytest.approx(
+        -0.01 * averaged([d.entropy for d in docs], aggregation, constant), abs=VALUE
+    )
     (gradient,) = torch.autograd.grad(loss, entropy)
-    weight = {"token": lambda d: 1 / 16, "sequence": lambda d: 1 / len(d.new) / 4, "constant": lambda d: 1 / 16 / 4}[aggregation]
+    weight = {"token": lambda d: 1 / 16, "sequence": lambda d: 1 / len(d.new) / 4, "constant": lambda d: 1 / 16 / 4}[
+        aggregation
+    ]
     expected = [g for d in docs for g in [0.0] * d.prompt + [-0.01 * weight(d)] * len(d.new)]
     assert gradient.tolist() == pytest.approx(expected, abs=VALUE)
 
@@ -349,9 +362,9 @@ def test_open_bounds_are_those_of_the_papers():
     assert correction_weight(ratios, "tis", *options(correction="tis").correction_bounds)[0].tolist() == pytest.approx(
         [0.1, 0.4, 1.0, 2.0, 2.0]
     )
-    assert correction_weight(ratios, "icepop", *options(correction="icepop").correction_bounds)[0].tolist() == pytest.approx(
-        [0.0, 0.0, 1.0, 3.0, 0.0]
-    )
+    assert correction_weight(ratios, "icepop", *options(correction="icepop").correction_bounds)[
+        0
+    ].tolist() == pytest.approx([0.0, 0.0, 1.0, 3.0, 0.0])
 
 
 def test_icepop_drops_a_sequence_whose_product_overflows():
@@ -389,9 +402,13 @@ def test_on_policy_gradient_is_reinforce(name, aggregation, constant):
     """Without old log-probabilities every ratio is 1 and the gradient is that of -A log pi, averaged alike."""
     docs = make_docs(9, token_advantages=True)
     logprobs, entropy, batch = make_batch(docs, drop=("old",))
-    loss, metrics = policy_loss(logprobs, entropy, batch, options(policy_loss=name, aggregation=aggregation, constant_length=constant))
+    loss, metrics = policy_loss(
+        logprobs, entropy, batch, options(policy_loss=name, aggregation=aggregation, constant_length=constant)
+    )
     (gradient,) = torch.autograd.grad(loss, logprobs)
-    weight = {"token": lambda d: 1 / 16, "sequence": lambda d: 1 / len(d.new) / 4, "constant": lambda d: 1 / 16 / 4}[aggregation]
+    weight = {"token": lambda d: 1 / 16, "sequence": lambda d: 1 / len(d.new) / 4, "constant": lambda d: 1 / 16 / 4}[
+        aggregation
+    ]
     expected = [g for d in docs for g in [0.0] * d.prompt + [-a * weight(d) for a in d.advantages]]
     assert gradient.tolist() == pytest.approx(expected, abs=VALUE)
     combined = combine_metrics([metrics])
@@ -417,7 +434,13 @@ def test_packing_never_changes_loss_gradient_or_metrics(seed, count, micro_batch
         d.masked = [t for t in range(len(d.new)) if rng.random() < 0.2]
     docs[0].masked = []
     tokens = sum(len(d.kept("new")) for d in docs)
-    opts = options(policy_loss=name, aggregation=aggregation[0], constant_length=aggregation[1], correction_level=level, **EVERYTHING)
+    opts = options(
+        policy_loss=name,
+        aggregation=aggregation[0],
+        constant_length=aggregation[1],
+        correction_level=level,
+        **EVERYTHING,
+    )
     homes = [rng.randrange(micro_batches) for _ in docs]
     order = rng.sample(range(count), count)
 
@@ -429,7 +452,9 @@ def test_packing_never_changes_loss_gradient_or_metrics(seed, count, micro_batch
             share.backward()
             loss += share.item()
             parts.append(metrics)
-            gradients |= {i: (logprobs.grad[a:b], entropy.grad[a:b]) for i, a, b in zip(group, batch.bounds, batch.bounds[1:])}
+            gradients |= {
+                i: (logprobs.grad[a:b], entropy.grad[a:b]) for i, a, b in zip(group, batch.bounds, batch.bounds[1:])
+            }
         return loss, combine_metrics(parts), gradients
 
     whole = run([range(count)])
@@ -490,7 +515,11 @@ def test_metrics_are_what_they_say():
     logprobs, entropy, batch = make_batch(docs)
     _, metrics = policy_loss(logprobs, entropy, batch, options(correction="icepop"))
     found = combine_metrics([metrics])
-    tokens = [(n, o, b, r, q, h, a) for d in docs for n, o, b, r, q, h, a in zip(d.new, d.old, d.behaviour, d.reference, d.teacher, d.entropy, d.advantages)]
+    tokens = [
+        (n, o, b, r, q, h, a)
+        for d in docs
+        for n, o, b, r, q, h, a in zip(d.new, d.old, d.behaviour, d.reference, d.teacher, d.entropy, d.advantages)
+    ]
     mean = lambda f: sum(f(*t) for t in tokens) / len(tokens)  # noqa: E731
 
     def clipped(n, o, a):
@@ -523,7 +552,9 @@ def test_policy_loss_metric_leaves_penalties_out():
 
 def test_gap_k3_estimates_the_kl_of_engine_to_trainer():
     engine, trainer = (torch.tensor(p, dtype=torch.float64) for p in ([0.5, 0.3, 0.2], [0.45, 0.25, 0.3]))
-    per_token = [combine_metrics([gap_metrics(trainer.log()[i : i + 1], engine.log()[i : i + 1])])["gap_k3"] for i in range(3)]
+    per_token = [
+        combine_metrics([gap_metrics(trainer.log()[i : i + 1], engine.log()[i : i + 1])])["gap_k3"] for i in range(3)
+    ]
     expectation = sum(p * v for p, v in zip(engine.tolist(), per_token))
     assert expectation == pytest.approx(exact_kl(engine.tolist(), trainer.tolist()), abs=1e-14)
 
