@@ -1,0 +1,163 @@
+"""What runs inside a job: the candidate's side (untrusted once its code is loaded) and nothing of the expected values.
+
+Descriptors: 0 stdin, 1 stdout, 2 nothing, 3 the trusted parent, 4 the tester (assert-style jobs only). Whatever this
+process says is only ever a claim about what the candidate returned; the parent and the tester decide what it is worth.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable
+
+from . import values
+
+PARENT, PEER = 3, 4
+CANDIDATE_ENDED = "the candidate's process ended"  # the tester's words when its line to the candidate is cut
+MAX_REQUEST_BYTES = 256 << 20  # from the trusted side: code and inputs
+
+
+def run(task: dict) -> int:
+    """Does what the parent asked (`task["mode"]`: call, program, serve) and returns the exit code."""
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8")
+    sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", "backslashreplace")
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    return {"call": _call, "program": _program, "serve": _serve}[task["mode"]](task)
+
+
+def _module(name: str) -> dict:
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    return module.__dict__
+
+
+def describe(error: BaseException) -> dict:
+    """An exception as names and a bounded message; its class's own `__str__` may do anything, so any failure is fine."""
+    try:
+        message = str(error)[:300]
+    except BaseException:  # noqa: BLE001 - model-written __str__; the name alone is then the description
+        message = ""
+    return {"type": type(error).__name__[:80], "message": message}
+
+
+def _load(task: dict) -> dict:
+    namespace = _module("candidate")
+    if task.get("setup"):
+        exec(compile(task["setup"], "<setup>", "exec", dont_inherit=True), namespace)
+    exec(compile(task["code"], "<candidate>", "exec", dont_inherit=True), namespace)
+    return namespace
+
+
+def _find(namespace: dict, entry: str) -> Callable:
+    """A function, `Class.method` (on a fresh instance) or a method of a class named Solution."""
+    owner, _, method = entry.rpartition(".")
+    if owner:
+        return getattr(namespace[owner](), method)
+    if entry not in namespace and isinstance(namespace.get("Solution"), type):
+        return getattr(namespace["Solution"](), entry)
+    if entry not in namespace:
+        raise NameError(f"the code defines no {entry!r}")
+    return namespace[entry]
+
+
+def _call(task: dict) -> int:
+    """Function-call tests: one answer per input, each sent as soon as it is there."""
+    try:
+        namespace = _load(task)
+        function = _find(namespace, task["entry"])
+    except BaseException as error:  # noqa: BLE001 - model-written code; SystemExit and friends included
+        values.write_frame(PARENT, {"load": describe(error)})
+        return 0
+    for data in task["calls"]:
+        arguments, keywords = values.decode(data)
+        try:
+            answer = {"value": values.encode(function(*arguments, **keywords))}
+            message = values.frame(answer)
+        except BaseException as error:  # noqa: BLE001
+            message = values.frame({"raised": describe(error)})
+        _write_all(message)
+    return 0
+
+
+def _write_all(data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(PARENT, view) :]
+
+
+def _program(task: dict) -> int:
+    """A whole program as `__main__`: its standard output and exit code are its answer."""
+    namespace = _module("__main__")
+    namespace["__builtins__"] = __builtins__
+    code = 0
+    try:
+        exec(compile(task["code"], "<candidate>", "exec", dont_inherit=True), namespace)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException as error:  # noqa: BLE001
+        values.write_frame(PARENT, {"raised": describe(error)})
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    return code & 0xFF
+
+
+class _Server:
+    """Answers the tester's requests: call a name, and get, set, call, iterate what earlier calls left here."""
+
+    def __init__(self, namespace: dict) -> None:
+        self.namespace = namespace
+        self.objects: list[object] = []
+
+    def keep(self, value: object) -> int:
+        self.objects.append(value)
+        return len(self.objects) - 1
+
+    def answer(self, request: list) -> dict:
+        operation, target, data = request
+        try:
+            arguments, keywords = values.decode(data, self.objects.__getitem__)
+            owner = _find(self.namespace, target) if isinstance(target, str) else self.objects[target]
+            if operation == "name":
+                return {"value": ["o", self.keep(owner)]}
+            result = _OPERATIONS[operation](owner, *arguments, **keywords)
+            return {"value": values.encode(result, self.keep, by_value=True)}
+        except BaseException as error:  # noqa: BLE001
+            return {"raised": describe(error)}
+
+
+def _next(iterator: object) -> object:
+    """(value,) or () at the end, so that a StopIteration never has to travel."""
+    for value in iterator:
+        return (value,)
+    return ()
+
+
+_OPERATIONS: dict[str, Callable] = {
+    "call": lambda owner, *arguments, **keywords: owner(*arguments, **keywords),
+    "get": getattr, "set": setattr, "iter": iter, "next": _next, "len": len,
+    "item": lambda owner, key: owner[key],
+    "set_item": lambda owner, key, value: owner.__setitem__(key, value),
+    "contains": lambda owner, value: value in owner,
+}  # fmt: skip
+
+
+def _serve(task: dict) -> int:
+    """Assert-style tests: loads the code, then answers the tester until it hangs up."""
+    try:
+        server = _Server(_load(task))
+    except BaseException as error:  # noqa: BLE001
+        values.write_frame(PARENT, {"load": describe(error)})
+        return 0
+    while True:
+        try:
+            request = values.read_frame(PEER, MAX_REQUEST_BYTES)
+        except EOFError:
+            return 0
+        values.write_frame(PEER, server.answer(request))

@@ -1,0 +1,191 @@
+"""The walls around a job, one function each. A wall that cannot be built raises `MissingWall`: nothing runs without it.
+
+`around_zygote` is called once (namespaces and an empty root); `around_job` in every fork (a user namespace of its own
+without capabilities, rlimits, landlock, seccomp). Both need no privilege; as root the zygote first becomes `nobody`.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from . import filter as syscall_filter
+from . import syscalls
+
+NOBODY = 65534
+_STACK_BYTES = 128 << 20  # the gap the kernel always leaves under the main stack
+_OPEN_FILES = 64
+
+
+class MissingWall(Exception):
+    """`name` says which wall could not be built, the message why and what to do."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"the {name} wall is missing: {why}")
+        self.name = name
+        self.why = why
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one job may use. `timeout_s` is wall time a test, `total_s` wall time of all tests of one completion;
+    `memory_bytes` is what the candidate may allocate beyond the interpreter; `output_bytes` caps what it says."""
+
+    timeout_s: float = 6.0
+    total_s: float = 30.0
+    memory_bytes: int = 512 << 20
+    output_bytes: int = 4 << 20
+    threads: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_s", "total_s", "memory_bytes", "output_bytes", "threads"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Limits.{name} is {getattr(self, name)!r}, expected a positive number")
+
+
+@contextmanager
+def _wall(name: str, advice: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise MissingWall(name, f"{error}{'; ' + advice if advice else ''}") from error
+
+
+_NAMESPACES = (
+    ("user", "user", syscalls.CLONE_NEWUSER),
+    ("mount", "mnt", syscalls.CLONE_NEWNS),
+    ("network", "net", syscalls.CLONE_NEWNET),
+    ("IPC", "ipc", syscalls.CLONE_NEWIPC),
+)
+_ADVICE = (
+    "this kernel or container forbids unprivileged namespaces; allow them (user.max_user_namespaces, "
+    "kernel.apparmor_restrict_unprivileged_userns, the container's seccomp profile) or use isolation='bubblewrap'"
+)
+
+
+def become_nobody() -> None:
+    """As root: gives up root for good, so that limits count and no file of root's is in reach. Otherwise nothing."""
+    if os.geteuid() != 0:
+        return
+    with _wall("user", "a root zygote must be able to become another user"):
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        syscalls.set_dumpable(True)  # without it /proc/self belongs to root and uid_map cannot be written
+
+
+def namespaces() -> None:
+    """User, mount, network and IPC namespaces for this process, a PID namespace for its children; each is checked."""
+    uid, gid = os.geteuid(), os.getegid()
+    for name, file, flag in _NAMESPACES:
+        with _wall(name + " namespace", _ADVICE):
+            before = os.stat(f"/proc/self/ns/{file}").st_ino
+            syscalls.unshare(flag)
+            if os.stat(f"/proc/self/ns/{file}").st_ino == before:
+                raise OSError(f"unshare succeeded but /proc/self/ns/{file} is unchanged")
+            if flag == syscalls.CLONE_NEWUSER:
+                for path, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+                    with open(f"/proc/self/{path}", "w") as stream:
+                        stream.write(text)
+    with _wall("PID namespace", _ADVICE):
+        syscalls.unshare(syscalls.CLONE_NEWPID)
+
+
+def empty_root() -> None:
+    """Replaces the file system by an empty, read-only one. Everything needed later must be imported and open."""
+    with _wall("mount namespace", _ADVICE):
+        flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+        syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+        syscalls.mount("tmpfs", "/proc", "tmpfs", flags, "size=4k,nr_inodes=2,mode=755")
+        syscalls.change_root("/proc")
+        syscalls.mount(None, "/", None, syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY | flags)
+        if os.listdir("/"):
+            raise OSError(f"the new root holds {os.listdir('/')}, expected nothing")
+
+
+def rlimits(limits: Limits, interpreter_bytes: int) -> None:
+    """Soft = hard, so nothing can be raised again. A hard limit below what the job was promised is a missing wall:
+    the candidate would fail for our reasons."""
+    wanted = {
+        "AS": interpreter_bytes + limits.memory_bytes,
+        "CPU": math.ceil(limits.total_s) + 1,
+        "NPROC": limits.threads,
+        "NOFILE": _OPEN_FILES,
+        "STACK": _STACK_BYTES,
+        "DATA": interpreter_bytes + limits.memory_bytes,
+    }
+    for name, value in wanted.items():
+        kind = getattr(resource, "RLIMIT_" + name)
+        hard = resource.getrlimit(kind)[1]
+        if hard != resource.RLIM_INFINITY and hard < value:
+            raise MissingWall(f"rlimit {name}", f"the job needs {value}, the hard limit is {hard}; raise it (ulimit)")
+        with _wall(f"rlimit {name}"):
+            resource.setrlimit(kind, (value, value))
+    for name in ("FSIZE", "CORE", "MEMLOCK", "MSGQUEUE", "SIGPENDING", "RTPRIO"):
+        with _wall(f"rlimit {name}"):
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name, _LINUX_ONLY.get(name)), (0, 0))
+
+
+_LINUX_ONLY = {"MSGQUEUE": 12, "SIGPENDING": 11, "RTPRIO": 14}
+
+
+def landlock(abi: int) -> None:
+    """No file, no TCP, no signal out of the job, whatever the other walls do."""
+    with _wall("landlock", "needs Linux 5.13 with CONFIG_SECURITY_LANDLOCK and 'landlock' among the active LSMs"):
+        syscalls.landlock_deny_all(abi)
+
+
+def landlock_abi() -> int:
+    """The kernel's landlock version; raises `MissingWall` where there is none."""
+    with _wall("landlock", "needs Linux 5.13 with CONFIG_SECURITY_LANDLOCK and 'landlock' among the active LSMs"):
+        return syscalls.landlock_abi()
+
+
+def seccomp(program: bytes) -> None:
+    """The list of allowed system calls (`filter.py`)."""
+    with _wall("seccomp", "needs a kernel with CONFIG_SECCOMP_FILTER"):
+        syscalls.install_filter(program)
+
+
+def around_job(limits: Limits, interpreter_bytes: int, abi: int, program: bytes, own_user_namespace: bool) -> None:
+    """Everything a fork of the zygote puts up before it reads its first untrusted byte."""
+    if own_user_namespace:
+        with _wall("user namespace", _ADVICE):
+            syscalls.unshare(syscalls.CLONE_NEWUSER)
+    rlimits(limits, interpreter_bytes)
+    with _wall("user namespace"):
+        syscalls.set_dumpable(False)
+        syscalls.drop_capabilities()
+        syscalls.no_new_privileges()
+    landlock(abi)
+    seccomp(program)
+
+
+def check_job(abi: int, pid_namespace: bool) -> None:
+    """Called inside the first job's walls: tries what must fail. Raises `MissingWall` for the wall that let it through."""
+    if pid_namespace and os.getpid() != 1:
+        raise MissingWall("PID namespace", f"the job is process {os.getpid()}, expected 1")
+    attempts = {
+        "seccomp": [_fork, lambda: os.kill(os.getppid(), signal.SIGTERM), lambda: os.memfd_create("x")],
+        "landlock": [lambda: os.open("/", os.O_RDONLY)],
+    }
+    for name, actions in attempts.items():
+        for action in actions:
+            try:
+                action()
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.EACCES):
+                    continue
+                raise MissingWall(name, f"expected a refusal, got {error}") from error
+            raise MissingWall(name, "an action that must be refused succeeded")
+
+
+def _fork() -> None:
+    if os.fork() == 0:
+        os._exit(0)
