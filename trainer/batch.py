@@ -38,5 +38,6 @@ class Batch:
     @property
     def document_ids(self) -> Int[Tensor, " n"]:
         """The document every token belongs to."""
-        lengths = self.bounds.diff()
-        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        lengths = self.bounds.diff()  # the bounds may have stayed on the CPU, see trainer.packing.to_device
+        ids = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        return ids.to(self.tokens.device)

@@ -1,0 +1,282 @@
+"""A policy: loaded, asked for log-probabilities, saved. V3 natively, any other causal LM through transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from trainer.batch import Batch
+from trainer.head import token_logprobs
+from trainer.model import hf
+from trainer.model.config import V3Config
+from trainer.model.v3 import V3Model
+from trainer.packing import to_device
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+class PolicyOptions(BaseModel):
+    """Where a policy comes from, a Hugging Face folder (`path`) or fresh weights (`init`), and how it computes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    path: str | None = None
+    init: dict[str, Any] | None = Field(
+        None, description="config.json fields of a new model: V3's, or with model_type another architecture's"
+    )
+    tokenizer: str | None = None  # folder whose tokenizer goes into the checkpoints; none takes that of `path`
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    recipe: Literal["bf16", "fp8", "fp8_emulated"] = "bf16"
+    activation_checkpointing: bool = False
+    freeze_router_bias: bool = True  # RL keeps the balance that pre-training found
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PolicyOptions:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give either path (a Hugging Face folder) or init (the fields of a new model)")
+        return self
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        return self.tokenizer or self.path
+
+
+class Head(NamedTuple):
+    """logits = softcap(hidden @ weight.T * scale + bias)"""
+
+    weight: Float[Tensor, "vocabulary hidden"]
+    bias: Float[Tensor, " vocabulary"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Policy(ABC):
+    """What the trainer asks of a policy. Batches may lie anywhere; results are on the policy's device."""
+
+    module: nn.Module
+    device: torch.device
+    options: PolicyOptions
+    max_positions: int  # longest document, in tokens
+    vocabulary: int
+
+    @abstractmethod
+    def hidden(self, batch: Batch) -> Float[Tensor, "n hidden"]:
+        """What the head sees. `batch` is on the policy's device, its bounds on the CPU."""
+
+    @abstractmethod
+    def head(self) -> Head: ...
+
+    @abstractmethod
+    def weights(self, mtp: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint name, the live tensor), tied copies left out. `mtp` includes multi-token-prediction layers."""
+
+    @abstractmethod
+    def _save_weights(self, folder: Path) -> None: ...
+
+    @abstractmethod
+    def load_weights(self, folder: Path) -> None:
+        """Replaces the weights by those of a folder of the same architecture; ValueError otherwise."""
+
+    def logprobs(
+        self, batch: Batch, entropy: bool = False, every_token: bool = False
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"] | None]:
+        """Log-probability of every token of the loss mask, log_softmax(logits / batch.temperature), float32, in nats,
+        and the entropy of the distribution it was drawn from; 0 on all other tokens. `every_token` takes all but the
+        documents' first, whatever the mask."""
+        targets = self._targets(batch, 1, every_token)
+        batch = to_device(batch, self.device)
+        values, entropies = self._predict(self.hidden(batch), batch.tokens, targets, 1, batch.temperature, entropy)
+        zeros = torch.zeros(len(batch.tokens), dtype=torch.float32, device=self.device)
+        if entropies is not None:
+            entropies = zeros.index_copy(0, targets, entropies)
+        return zeros.index_copy(0, targets, values), entropies
+
+    def next_token_loss(
+        self, batch: Batch, mtp_weight: float = 0.0
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """This micro-batch's share of the step's mean cross-entropy in nats per token of the loss mask, plus
+        `mtp_weight` / D times that of the D depths of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, eq. 24
+        and 25), and the shares themselves (`loss`, `mtp_loss`). Temperature is 1. No wait for a GPU in here."""
+        targets = self._targets(batch, 1, False)
+        on_device = to_device(batch, self.device)
+        hidden = self.hidden(on_device)
+        values, _ = self._predict(hidden, on_device.tokens, targets, 1, 1.0, False)
+        loss = -values.sum() / batch.total_tokens
+        metrics = {"loss": loss.detach()}
+        if mtp_weight:
+            depths = self._mtp_hidden(hidden, on_device)
+            losses = []
+            for depth, deeper in enumerate(depths, start=1):
+                targets = self._targets(batch, depth + 1, False)
+                values, _ = self._predict(deeper, on_device.tokens, targets, depth + 1, 1.0, False)
+                losses.append(-values.sum() / batch.total_tokens)
+            mtp_loss = torch.stack(losses).mean()
+            metrics["mtp_loss"] = mtp_loss.detach()
+            loss = loss + mtp_weight * mtp_loss
+        return loss, metrics
+
+    def _mtp_hidden(self, hidden: Tensor, batch: Batch) -> list[Float[Tensor, "n hidden"]]:
+        raise ValueError("mtp_weight is set and this policy has no multi-token prediction; set it to 0")
+
+    def take_router_load(self) -> Int[Tensor, "moe_layers experts"] | None:
+        """Tokens sent to each expert in forward passes with gradient since the last call; None without a router."""
+        return None
+
+    def update_router_bias(self, load: Int[Tensor, "moe_layers experts"], gamma: float) -> None:
+        raise ValueError("router_bias_gamma is set and this policy has no router bias; set it to 0")
+
+    def frozen_copy(self) -> Policy:
+        """A second policy with the same weights, which are never trained."""
+        other = copy.copy(self)
+        other.module = copy.deepcopy(self.module).requires_grad_(False)
+        return other
+
+    @torch.no_grad()
+    def copy_weights_from(self, other: Policy) -> None:
+        """Takes over the weights of a policy of the same architecture."""
+        ours, theirs = self.module.state_dict(), other.module.state_dict()
+        torch._foreach_copy_([ours[name] for name in theirs], list(theirs.values()))
+
+    def save(self, folder: str | Path, dtype: str | None = None) -> None:
+        """Writes a Hugging Face folder that transformers and vLLM load, with the tokenizer's files; the weights in
+        `dtype` ("float32" or "bfloat16") where it is given. Not atomic: see trainer.checkpoint."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        policy = self
+        if dtype is not None and dtype != self.options.dtype:
+            policy = self.frozen_copy()
+            policy.module.to(getattr(torch, dtype))
+        policy._save_weights(folder)
+        if source := self.options.tokenizer_folder:
+            for name in TOKENIZER_FILES:
+                if (Path(source) / name).is_file() and not (folder / name).exists():
+                    shutil.copyfile(Path(source) / name, folder / name)
+
+    def _targets(self, batch: Batch, ahead: int, every_token: bool) -> Int[Tensor, " targets"]:
+        """Indices of the tokens to predict from `ahead` tokens before them in their document, on the policy's
+        device."""
+        longest = int(batch.bounds.diff().max()) if len(batch.bounds) > 1 else 0
+        if longest > self.max_positions:
+            raise ValueError(
+                f"a sample of {longest} tokens is longer than the policy's {self.max_positions} positions "
+                "(max_position_embeddings): shorten prompts or completions"
+            )
+        inside = batch.positions >= ahead
+        targets = (inside if every_token else batch.loss_mask & inside).nonzero()[:, 0]
+        return targets.to(self.device, non_blocking=True)
+
+    def _predict(self, hidden, tokens, targets, ahead, temperature, entropy):
+        head = self.head()
+        temperature = temperature if head.softcap is not None else temperature / head.scale
+        return token_logprobs(
+            hidden.index_select(0, targets - ahead),
+            head.weight,
+            tokens[targets],
+            temperature=temperature,
+            bias=head.bias,
+            softcap=head.softcap,
+            entropy=entropy,
+        )
+
+
+class V3Policy(Policy):
+    """The trainer's own DeepSeek-V3 model."""
+
+    module: V3Model
+
+    def __init__(self, module: V3Model, options: PolicyOptions, device: torch.device):
+        self.module, self.options, self.device = module, options, device
+        self.max_positions = module.config.max_position_embeddings
+        self.vocabulary = module.config.vocab_size
+        self._load: Tensor | None = None
+
+    def hidden(self, batch: Batch) -> Float[Tensor, "n hidden"]:
+        experts = batch.routed_experts
+        out = self.module(batch.tokens, batch.positions, batch.bounds, experts)
+        self._count(slice(0, len(out.load)), out.load)
+        return out.hidden
+
+    def _mtp_hidden(self, hidden: Tensor, batch: Batch) -> list[Float[Tensor, "n hidden"]]:
+        if not self.module.config.num_nextn_predict_layers:
+            raise ValueError("mtp_weight is set and num_nextn_predict_layers is 0: set one of them otherwise")
+        outputs = self.module.mtp(hidden, batch.tokens, batch.positions, batch.bounds)
+        for depth, out in enumerate(outputs):
+            row = self.module.config.moe_layers + depth
+            self._count(slice(row, row + 1), out.load)
+        return [out.hidden for out in outputs]
+
+    def _count(self, rows: slice, load: Tensor) -> None:
+        if not torch.is_grad_enabled() or not len(load):
+            return
+        if self._load is None:
+            config = self.module.config
+            layers = config.moe_layers + config.num_nextn_predict_layers
+            self._load = torch.zeros(layers, config.n_routed_experts, dtype=torch.int64, device=self.device)
+        self._load[rows] += load
+
+    def take_router_load(self) -> Int[Tensor, "moe_layers experts"] | None:
+        load, self._load = self._load, None
+        return load
+
+    def update_router_bias(self, load: Int[Tensor, "moe_layers experts"], gamma: float) -> None:
+        self.module.update_router_bias(load, gamma)
+
+    def head(self) -> Head:
+        return Head(self.module.embed if self.module.head is None else self.module.head)
+
+    def weights(self, mtp: bool = False) -> Iterator[tuple[str, Tensor]]:
+        return hf.named_checkpoint_tensors(self.module, mtp)
+
+    def _save_weights(self, folder: Path) -> None:
+        hf.save_folder(self.module, folder)
+
+    def load_weights(self, folder: Path) -> None:
+        found = V3Config.load(folder)
+        if found != self.module.config:
+            ours, theirs = self.module.config.to_hf(), found.to_hf()
+            differ = [f"{k} is {theirs[k]}, here {ours[k]}" for k in ours if ours[k] != theirs[k]]
+            raise ValueError(f"{folder} holds another architecture: {'; '.join(differ)}")
+        hf.load_checkpoint_tensors(self.module, iter(hf.FolderReader(folder)))
+
+
+def load_policy(options: PolicyOptions, device: str | torch.device = "cpu", seed: int = 0) -> Policy:
+    """The policy of `options.path`, or a new one with weights drawn from `seed`. Errors: FileNotFoundError without a
+    config.json; ValueError for a folder that is no causal language model or whose tensors do not fit."""
+    device, dtype = torch.device(device), getattr(torch, options.dtype)
+    if options.path is not None:
+        fields = _read_config(Path(options.path))
+    else:
+        fields = {"model_type": "deepseek_v3", **(options.init or {})}
+    if fields.get("model_type") != "deepseek_v3":
+        from trainer.transformers_policy import TransformersPolicy  # transformers takes seconds to import
+
+        return TransformersPolicy.load(options, fields, device, seed)
+    if options.path is not None:
+        module = hf.load_folder(options.path, dtype, device, options.recipe, options.activation_checkpointing)
+    else:
+        module = V3Model(V3Config.from_hf(fields), options.recipe, options.activation_checkpointing)
+        module = module.init_weights(seed).to(device=device, dtype=dtype)
+    return V3Policy(module, options, device)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: policy.path must be a Hugging Face folder with a config.json")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): is the folder complete?") from error

@@ -1,0 +1,171 @@
+"""Any causal language model that transformers loads, as a policy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.logging import disable_progress_bar
+
+from trainer import packed_attention
+from trainer.batch import Batch
+from trainer.model.documents import Documents, group_documents, pad, unpad
+from trainer.packing import Sample, pack
+from trainer.policy import Head, Policy, PolicyOptions
+
+log = logging.getLogger(__name__)
+disable_progress_bar()  # a bar per checkpoint would run across the display of a run
+
+# mean |difference in log p| below which two ways to compute the same are taken for equal
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+class TransformersPolicy(Policy):
+    """Runs packed wherever the model's attention goes through transformers' interface and nothing else mixes tokens;
+    otherwise documents of similar length go padded through the model. Which one is found by a probe when it is
+    loaded, and logged."""
+
+    module: PreTrainedModel
+
+    def __init__(self, module: PreTrainedModel, options: PolicyOptions, device: torch.device):
+        self.module, self.options, self.device = module.eval(), options, device
+        config = module.config.get_text_config()
+        self.max_positions = getattr(config, "max_position_embeddings", None) or 2**31
+        self.vocabulary = config.vocab_size
+        if options.recipe != "bf16":
+            raise ValueError(f"recipe {options.recipe} is for DeepSeek-V3 models; this is a {config.model_type}: use bf16")
+        if options.activation_checkpointing:
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in module.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True  # what its checkpoint asks for; the layers inside stay without dropout
+        self._choose_form()
+
+    @classmethod
+    def load(
+        cls, options: PolicyOptions, fields: dict[str, Any], device: torch.device, seed: int
+    ) -> TransformersPolicy:
+        dtype = getattr(torch, options.dtype)
+        if options.path is not None:
+            module = AutoModelForCausalLM.from_pretrained(options.path, dtype=dtype)
+        else:
+            config = AutoConfig.for_model(**fields)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return cls(module.to(device), options, device)
+
+    def hidden(self, batch: Batch) -> Float[Tensor, "n hidden"]:
+        if batch.routed_experts is not None:
+            raise ValueError("routed_experts is set: routing is replayed in DeepSeek-V3 models only")
+        documents = group_documents(batch.bounds)
+        indices = (documents.source, documents.place, documents.last)
+        documents = Documents(documents.groups, *(index.to(self.device) for index in indices))
+        return self._packed(batch, documents) if self.packed else self._padded(batch, documents)
+
+    def _packed(self, batch: Batch, documents: Documents) -> Float[Tensor, "n hidden"]:
+        out = self.module.base_model(
+            input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, documents=documents
+        )
+        return out.last_hidden_state[0]
+
+    def _padded(self, batch: Batch, documents: Documents) -> Float[Tensor, "n hidden"]:
+        tokens, positions = pad(batch.tokens, documents), pad(batch.positions, documents)
+        real = torch.zeros_like(tokens, dtype=torch.bool)
+        real[documents.place] = True
+        hidden, start = [], 0
+        for shape in documents.groups:
+            rows = slice(start, start + shape[0] * shape[1])
+            out = self.module.base_model(
+                input_ids=tokens[rows].view(shape),
+                position_ids=positions[rows].view(shape),
+                attention_mask=real[rows].view(shape).long(),
+                use_cache=False,
+            )
+            hidden.append(out.last_hidden_state.flatten(0, 1))
+            start = rows.stop
+        return unpad(torch.cat(hidden), documents)
+
+    def head(self) -> Head:
+        """With the scales and caps that some architectures put behind it; the probe at loading checks the result."""
+        config = self.module.config.get_text_config()
+        layer = self.module.get_output_embeddings()
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
+
+    def weights(self, mtp: bool = False) -> Iterator[tuple[str, Tensor]]:
+        tied = set(self.module.all_tied_weights_keys)
+        state = {name: tensor for name, tensor in self.module.state_dict().items() if name not in tied}
+        yield from revert_weight_conversion(self.module, state).items()
+
+    def _save_weights(self, folder: Path) -> None:
+        self.module.save_pretrained(folder)
+
+    def load_weights(self, folder: Path) -> None:
+        saved = AutoConfig.from_pretrained(folder)
+        if saved.model_type != self.module.config.model_type:
+            raise ValueError(
+                f"{folder} holds another architecture: {saved.model_type}, here {self.module.config.model_type}"
+            )
+        live = dict(self.weights())
+        stored = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+        wrong = [f"missing {name}" for name in live.keys() - stored.keys()]
+        wrong += [f"unexpected {name}" for name in stored.keys() - live.keys()]
+        wrong += [
+            f"{name} has shape {list(stored[name].shape)}, expected {list(live[name].shape)}"
+            for name in live.keys() & stored.keys()
+            if live[name].shape != stored[name].shape
+        ]
+        if wrong:
+            raise ValueError(f"{folder} does not fit this policy: {'; '.join(sorted(wrong)[:8])}")
+        # through a second model: it alone knows how the checkpoint's tensors are fused
+        other = type(self.module).from_pretrained(folder, dtype=self.module.dtype)
+        self.module.load_state_dict(other.state_dict())
+
+    @torch.no_grad()
+    def _choose_form(self) -> None:
+        """Packed if documents do not see each other that way and the model's own logits come out, else padded. Raises
+        ValueError if neither gives the model's own logits."""
+        vocabulary = min(self.vocabulary, 1000)
+        documents = [[(7 * i + 3) % vocabulary for i in range(n)] for n in (6, 9)]
+        (batch,) = pack([Sample(d[:1], d[1:]) for d in documents], 64)
+        order = batch.sequence_ids.tolist()
+        own = self.module.config._attn_implementation
+        expected = torch.cat([self._stock_logprobs(documents[i]) for i in order])
+        failures = []
+        for form, implementation in (("packed", packed_attention.NAME), ("padded", own)):
+            self.packed = form == "packed"
+            if self.packed and not getattr(self.module, "_supports_attention_backend", False):
+                failures.append("packed: its attention does not go through transformers' interface")
+                continue
+            try:
+                self.module.set_attn_implementation(implementation)
+                found, _ = self.logprobs(batch)
+            except (NotImplementedError, TypeError, ValueError) as error:
+                failures.append(f"{form}: {error}")
+                continue
+            gap = (found[batch.loss_mask.to(self.device)] - expected).abs().mean().item()
+            if gap <= PROBE_TOLERANCE[self.module.dtype]:
+                if failures:
+                    log.warning("%s runs padded, which is slower (%s)", type(self.module).__name__, failures[0])
+                return
+            failures.append(f"{form}: log-probabilities differ from the model's own by {gap:.2g}")
+        raise ValueError(f"{type(self.module).__name__} cannot be trained here: {'; '.join(failures)}")
+
+    def _stock_logprobs(self, document: list[int]) -> Float[Tensor, " n-1"]:
+        """From the model's own forward pass, one document alone."""
+        tokens = torch.tensor([document], device=self.device)
+        logits = self.module(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+        return logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+

@@ -1,0 +1,239 @@
+"""The trainer: one policy, its optimizer and its reference. Blind to tasks; a plain class that Ray may make an actor."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer import checkpoint
+from trainer.batch import Batch
+from trainer.checkpoint import CheckpointError
+from trainer.losses import LossOptions, Metrics, combine_metrics, policy_loss
+from trainer.optimizer import Optimizer, OptimizerOptions
+from trainer.packing import Sample, pack, to_device
+from trainer.policy import Policy, PolicyOptions, load_policy
+
+SCORE_TOKENS = 16_384  # packed at a time when sequences are scored
+
+
+class Trainer:
+    """Holds a policy and changes it. `loss` None: a trainer for `next_token_step` alone. A reference model, a second
+    frozen copy, exists where loss.kl_coef > 0. `device` auto takes a GPU if there is one; `threads` 0 leaves torch's
+    number of CPU threads alone."""
+
+    def __init__(
+        self,
+        policy: PolicyOptions,
+        optimizer: OptimizerOptions,
+        loss: LossOptions | None = None,
+        *,
+        seed: int = 0,
+        threads: int = 0,
+        device: str = "auto",
+    ):
+        if threads:
+            torch.set_num_threads(threads)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.loss = loss
+        torch.manual_seed(seed)
+        self.policy: Policy = load_policy(policy, self.device, seed)
+        self.reference: Policy | None = None
+        self._reference_refreshed = False  # else it is the policy that the options name
+        if loss is not None and loss.kl_coef > 0:
+            self.reference = self.policy.frozen_copy()
+        self.optimizer = Optimizer(self.policy.module.named_parameters(), optimizer)
+        self._move_bias = not policy.freeze_router_bias and optimizer.router_bias_gamma > 0
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def step(self, minibatches: Sequence[Sequence[Batch]]) -> dict[str, float]:
+        """One optimizer step per minibatch, which is a list of micro-batches with that minibatch's denominators.
+
+        Streams that the loss needs and a batch lacks are computed: the reference's log-probabilities, and old ones,
+        the policy's before the first of these updates. The first minibatch needs no forward pass of its own for
+        them: there old is the detached new. Returns the step's metrics (`trainer.losses.policy_loss`, and the means of
+        `grad_norm` and `lr` over the updates, `updates`, `router_max_violation`). An empty minibatch makes no update.
+        Raises GradientError with nothing updated by the minibatch at fault.
+        """
+        if self.loss is None:
+            raise ValueError("this trainer was made without a loss: only next_token_step can train it")
+        minibatches = [list(minibatch) for minibatch in minibatches if minibatch]
+        later = {id(batch): batch for minibatch in minibatches[1:] for batch in minibatch}
+        first = {id(batch) for batch in (minibatches[0] if minibatches else [])}
+        old: dict[int, Tensor] = {}
+        for key, batch in later.items():
+            if batch.old_logprobs is None and key not in first:
+                old[key] = self._logprobs(self.policy, batch)
+        reference = {}
+        if self.reference is not None and self.loss.kl_in == "loss":
+            for batch in (b for minibatch in minibatches for b in minibatch):
+                if batch.reference_logprobs is None and id(batch) not in reference:
+                    reference[id(batch)] = self._logprobs(self.reference, batch)
+        parts: list[Metrics] = []
+        updates = []
+        for index, minibatch in enumerate(minibatches):
+            for batch in minibatch:
+                new, entropy = self.policy.logprobs(batch, entropy=True)
+                record = _with(to_device(batch, self.device), old.get(id(batch)), reference.get(id(batch)))
+                loss, metrics = policy_loss(new, entropy, record, self.loss)
+                loss.backward()
+                parts.append(metrics)
+                if index == 0 and id(batch) in later:
+                    old[id(batch)] = new.detach()
+            updates.append(self._update())
+        metrics = combine_metrics(parts)
+        if "policy_loss" in metrics:
+            metrics["policy_loss"] /= len(minibatches)  # a sum of shares, of which every minibatch has a whole
+        return {**metrics, **_mean(updates), "updates": float(len(updates))}
+
+    def next_token_step(self, batches: Sequence[Batch], mtp_weight: float = 0.0) -> dict[str, float]:
+        """One optimizer step of language modelling on the tokens of the loss masks (pre-training, SFT). Returns `loss`
+        (nats per token), `mtp_loss` where `mtp_weight` > 0, `tokens` and what the update reports."""
+        if not batches:
+            raise ValueError("next_token_step: no batches, or no sample in them has a token to learn")
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            loss, metrics = self.policy.next_token_loss(batch, mtp_weight)
+            loss.backward()
+            for name, value in metrics.items():
+                totals[name] = totals[name] + value if name in totals else value
+        update = self._update()
+        values = torch.stack(list(totals.values())).tolist()
+        return {**dict(zip(totals, values, strict=True)), **update, "tokens": float(batches[0].total_tokens)}
+
+    def _update(self) -> dict[str, float]:
+        metrics = self.optimizer.step()
+        load = self.policy.take_router_load()
+        if load is not None:
+            counts = load[load.sum(1) > 0].double()
+            # how far the fullest expert is above an even share, mean over layers ("MaxVio", arXiv 2408.15664, eq. 4)
+            metrics["router_max_violation"] = (counts.amax(1) / counts.mean(1) - 1).mean().item()
+            if self._move_bias:
+                self.policy.update_router_bias(load, self.optimizer.options.router_bias_gamma)
+        return metrics
+
+    # --- log-probabilities -------------------------------------------------------------------------------------------
+
+    def logprobs(self, batches: Sequence[Batch], reference: bool = False) -> list[Float[Tensor, " n"]]:
+        """The policy's (or the reference's) log-probability of every token of the loss masks, 0 elsewhere, on the
+        CPU."""
+        policy = self.policy
+        if reference:
+            if self.reference is None:
+                raise ValueError("there is no reference model: it is made where loss.kl_coef > 0")
+            policy = self.reference
+        return [self._logprobs(policy, batch).cpu() for batch in batches]
+
+    @torch.no_grad()
+    def _logprobs(self, policy: Policy, batch: Batch) -> Float[Tensor, " n"]:
+        return policy.logprobs(batch)[0]
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[Float[np.ndarray, " n"]]:
+        """Log-probability of every token given those before it, entry 0 of each sequence 0.0: what an engine's `score`
+        is compared with."""
+        scores = [np.zeros(len(sequence), np.float32) for sequence in sequences]
+        samples = [Sample((), sequence, loss_on_prompt=True) for sequence in sequences]
+        budget = max([SCORE_TOKENS, *map(len, sequences)])
+        for batch in pack(samples, budget, temperature):
+            values = self.policy.logprobs(batch)[0].cpu().numpy()
+            assert batch.sequence_ids is not None
+            for d, index in enumerate(batch.sequence_ids.tolist()):
+                scores[index] = values[batch.bounds[d] : batch.bounds[d + 1]]
+        return scores
+
+    def refresh_reference(self) -> None:
+        """The reference becomes what the policy is now."""
+        if self.reference is None:
+            raise ValueError("there is no reference model: it is made where loss.kl_coef > 0")
+        self.reference.copy_weights_from(self.policy)
+        self._reference_refreshed = True
+
+    # --- weights and state -------------------------------------------------------------------------------------------
+
+    def weights(self, mtp: bool = False) -> list[tuple[str, Tensor]]:
+        """(checkpoint name, CPU tensor) of the policy. On a CPU these are the live weights, not copies: the next step
+        changes them."""
+        return [(name, tensor.detach().cpu()) for name, tensor in self.policy.weights(mtp)]
+
+    def fingerprints(self, mtp: bool = False) -> dict[str, int]:
+        """CRC-32 of the memory of every tensor of `weights`."""
+        return {
+            name: zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            for name, tensor in self.weights(mtp)
+        }
+
+    def save(self, folder: str | Path, state: dict[str, Any] | None = None) -> None:
+        """Writes a checkpoint: a Hugging Face folder with, in `trainer_state`, all that `load` needs to go on as if
+        nothing had happened, and the caller's `state` (JSON). Atomic; CheckpointError when the disk is full."""
+        described = {"optimizer_steps": self.optimizer.steps, "reference_refreshed": self._reference_refreshed}
+        text = json.dumps({"trainer": described, "caller": state or {}}, indent=1)
+        with checkpoint.writing(folder) as partial:
+            self.policy.save(partial)
+            inside = partial / checkpoint.STATE
+            (inside / "state.json").write_text(text + "\n")
+            save_file(_to_cpu(self.optimizer.state()), inside / "optimizer.safetensors")
+            save_file(_random_state(), inside / "random.safetensors")
+            if self.reference is not None and self._reference_refreshed:
+                self.reference.save(inside / "reference")
+
+    def load(self, folder: str | Path) -> dict[str, Any]:
+        """Takes up where `save` was called, and returns the caller's state. Raises CheckpointError for a folder that
+        is damaged, of another architecture, or no checkpoint."""
+        folder = Path(folder)
+        checkpoint.verify(folder)
+        inside = folder / checkpoint.STATE
+        try:
+            state = json.loads((inside / "state.json").read_text())
+            self.policy.load_weights(folder)
+            tensors = load_file(inside / "optimizer.safetensors")
+            self.optimizer.load_state(tensors, state["trainer"]["optimizer_steps"])
+            refreshed = state["trainer"]["reference_refreshed"]
+            if refreshed and self.reference is not None:
+                self.reference.load_weights(inside / "reference")
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise CheckpointError(f"cannot resume from {folder}: {error}") from error
+        self._reference_refreshed = refreshed
+        _set_random_state(load_file(inside / "random.safetensors"))
+        return state["caller"]
+
+
+def _with(batch: Batch, old: Tensor | None, reference: Tensor | None) -> Batch:
+    """`batch` with the streams that the trainer computed itself."""
+    computed = {"old_logprobs": old, "reference_logprobs": reference}
+    return replace(batch, **{name: stream for name, stream in computed.items() if stream is not None})
+
+
+def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
+
+
+def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_random_state(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_initialized():
+        for i in range(torch.cuda.device_count()):
+            if f"cuda{i}" in states:
+                torch.cuda.set_rng_state(states[f"cuda{i}"], i)
