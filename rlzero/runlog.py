@@ -1,0 +1,193 @@
+"""What a run leaves behind line by line: metrics, evaluations and samples as JSON lines, mirrored to trackers.
+
+    runs/<name>/metrics.jsonl   one object a step: step, reward_mean, length_mean, kl, time_train_s, ...
+    runs/<name>/evals.jsonl     one object an evaluation: step, pass_at_1, cons_at_k, n, ...
+    runs/<name>/samples.jsonl   one object a step: a question with a few of its completions and their scores
+
+A line is complete or absent: one that a kill cut short is dropped when the file is next read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rlzero.config import UsageError
+
+if TYPE_CHECKING:
+    from rlzero.groups import Group
+
+logger = logging.getLogger(__name__)
+
+SAMPLES_KEPT = 4  # completions of a group
+TEXT_KEPT = 6_000  # characters of a completion, half from its start and half from its end
+
+
+class Tracker(Protocol):
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RunLog:
+    """The files of one run. `tracking` names what mirrors them: tensorboard, wandb, trackio."""
+
+    def __init__(self, run_dir: Path, tracking: Sequence[str] = (), config: dict[str, Any] | None = None):
+        self.dir = Path(run_dir)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            _mend(self.dir / name)
+        self._tracking, self._config = tuple(tracking), config
+        self._trackers: list[Tracker] | None = None
+        for name in self._tracking:
+            _require(name)
+
+    @property
+    def evaluated(self) -> set[int]:
+        """Steps whose evaluation is on file."""
+        return {line["step"] for line in read_lines(self.dir / "evals.jsonl")}
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """Appends a step's metrics; `line["step"]` is the step."""
+        _append(self.dir / "metrics.jsonl", line)
+        self._mirror(line, prefix="")
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        _append(self.dir / "evals.jsonl", line)
+        self._mirror(line, prefix="evaluation/")
+
+    def samples(self, step: int, group: Group) -> None:
+        """Appends a question and the first of its completions."""
+        completions = []
+        for rollout, scores in list(zip(group.rollouts, group.scores, strict=True))[:SAMPLES_KEPT]:
+            verdicts = [None if s is None else {"value": s.value, "verdict": s.verdict} for s in scores]
+            completions.append({"text": _shorten(rollout.text), "tokens": len(rollout.tokens), "scores": verdicts})
+        question = group.prompt.row.get("prompt") or group.prompt.text
+        _append(self.dir / "samples.jsonl", {"step": step, "prompt": question, "completions": completions})
+
+    def rewind(self, step: int) -> None:
+        """Takes out what was written for steps that the run, resumed at `step`, will do again. The evaluation of the
+        boundary `step` itself stays: it was made before the checkpoint."""
+        for name in FILES:
+            path = self.dir / name
+            lines = read_lines(path)
+            kept = [line for line in lines if line["step"] < step or (name == "evals.jsonl" and line["step"] == step)]
+            if len(kept) < len(lines):
+                _rewrite(path, kept)
+        self._restart_trackers(step)
+
+    def close(self) -> None:
+        for tracker in self._trackers or ():
+            tracker.close()
+        self._trackers = None
+
+    def _mirror(self, line: dict[str, Any], prefix: str) -> None:
+        if self._trackers is None:
+            self._restart_trackers(purge_step=None)
+        numbers = {prefix + k: float(v) for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+        for tracker in self._trackers or ():
+            tracker.log(numbers, line["step"])
+
+    def _restart_trackers(self, purge_step: int | None) -> None:
+        self.close()
+        self._trackers = [
+            _TensorBoard(self.dir / "tensorboard", purge_step) if name == "tensorboard" else _Wandb(name, self.dir, self._config)
+            for name in self._tracking
+        ]
+
+
+FILES = ("metrics.jsonl", "evals.jsonl", "samples.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file that a run wrote; an absent file has none, a line cut short is left out."""
+    try:
+        text = Path(path).read_text()
+    except FileNotFoundError:
+        return []
+    lines = [line for line in text.split("\n") if line]
+    if text and not text.endswith("\n"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, purge_step: int | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """wandb, and trackio, which keeps the same interface."""
+
+    def __init__(self, module: str, run_dir: Path, config: dict[str, Any] | None):
+        self._module = importlib.import_module(module)
+        self._module.init(project="rlzero", name=run_dir.name, config=config)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._module.log(values, step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+def _require(tracker: str) -> None:
+    if tracker != "tensorboard" and importlib.util.find_spec(tracker) is None:
+        raise UsageError(
+            f"tracking: {tracker} is named in the config but not installed; pip install 'rlzero[tracking]', or take it "
+            "out of tracking"
+        )
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    os.replace(temporary, path)
+
+
+def _mend(path: Path) -> None:
+    """Drops a last line that was cut short, so that the next one does not grow on it."""
+    if path.exists():
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            logger.warning("%s: the last line was cut short and is dropped", path)
+            os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types: NumPy and torch scalars as numbers, NaN and infinities as null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item") and not isinstance(value, str):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= TEXT_KEPT:
+        return text
+    half = TEXT_KEPT // 2
+    return f"{text[:half]}\n[... {len(text) - TEXT_KEPT} characters left out ...]\n{text[-half:]}"
