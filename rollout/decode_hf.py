@@ -1,0 +1,146 @@
+"""Decoding of any causal LM that transformers loads and that keeps plain key-value caches (Llama, Qwen, Mistral, ...)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from rollout.decoder import raise_mismatches
+
+_ATTENTIONS = ("full_attention",)
+
+
+class _Rows:
+    """The part of transformers' cache interface that attention layers use in a decoding step: writes the new token's
+    keys and values at each row's own position and returns everything up to the longest row (the mask hides the
+    rest)."""
+
+    is_compileable = False
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], positions: Int[Tensor, " n"], length: int):
+        self.keys, self.values, self.positions, self.length = keys, values, positions, length
+        self.rows = torch.arange(len(positions), device=positions.device)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        n = len(self.rows)
+        self.keys[layer_idx][self.rows, :, self.positions] = key[:, :, 0]
+        self.values[layer_idx][self.rows, :, self.positions] = value[:, :, 0]
+        return self.keys[layer_idx][:n, :, : self.length], self.values[layer_idx][:n, :, : self.length]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length - 1
+
+
+class TransformersDecoder:
+    """Keeps the protocol of rollout.decoder.Decoder for a transformers model. Layers with sliding windows, state
+    spaces or other caches are refused."""
+
+    def __init__(self, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+        self.config = AutoConfig.from_pretrained(path)
+        kinds = set(getattr(self.config, "layer_types", None) or _ATTENTIONS) - set(_ATTENTIONS)
+        window = getattr(self.config, "sliding_window", None) if getattr(self.config, "use_sliding_window", True) else None
+        if kinds or window:
+            raise ValueError(
+                f"{path}: the torch engine decodes models with full attention in every layer; this one has "
+                f"{sorted(kinds) or f'a sliding window of {window} tokens'}. Use the vllm engine."
+            )
+        self.vocab_size = self.config.vocab_size
+        self.max_positions = self.config.max_position_embeddings
+        self.dtype, self.device = dtype, device
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        self.model.eval().requires_grad_(False).to(device)
+        self._shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}  # tied ones once
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    # weights
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        tied = set(parameters) - set(self._shapes)
+        given = {
+            name: tensor.detach().to(device=self.device, dtype=self.dtype, copy=True)
+            for name, tensor in weights
+            if name not in tied
+        }
+        raise_mismatches(self._shapes, {name: tuple(t.shape) for name, t in given.items()})
+        for name in self._shapes:
+            parameters[name].data = given[name]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.named_parameters()
+
+    # cache rows
+
+    def reserve(self, rows: int, context: int) -> None:
+        self._capacity = (rows, context)
+        self._keys = [self._fit(cache) for cache in self._keys]
+        self._values = [self._fit(cache) for cache in self._values]
+
+    def _fit(self, cache: Float[Tensor, "n heads context d"]) -> Float[Tensor, "rows heads capacity d"]:
+        rows, context = self._capacity
+        grown = cache.new_zeros(rows, cache.shape[1], context, cache.shape[3])
+        n, length = min(rows, cache.shape[0]), min(context, cache.shape[2])
+        grown[:n, :, :length] = cache[:n, :, :length]
+        return grown
+
+    def release(self) -> None:
+        self._keys, self._values = [], []
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
+    def move(self, source: int, target: int) -> None:
+        for cache in self._keys + self._values:
+            cache[target] = cache[source]
+
+    # the model
+
+    def _read(self, sequences: list[np.ndarray]) -> tuple[Float[Tensor, "documents longest vocab"], DynamicCache]:
+        """Logits and caches of right-padded sequences: causal attention never looks at the padding behind."""
+        longest = max(len(s) for s in sequences)
+        tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)
+        for row, sequence in zip(tokens, sequences, strict=True):
+            row[: len(sequence)] = torch.as_tensor(np.asarray(sequence, np.int64))
+        cache = DynamicCache()
+        out = self.model(input_ids=tokens.to(self.device), past_key_values=cache, use_cache=True)
+        return out.logits, cache
+
+    @torch.inference_mode()
+    def prefill(self, contexts: list[np.ndarray], rows: list[list[int]]) -> Float[Tensor, "contexts vocab"]:
+        logits, cache = self._read(contexts)
+        target = torch.tensor([r for group in rows for r in group], device=self.device)
+        source = torch.tensor([d for d, group in enumerate(rows) for _ in group], device=self.device)
+        if not self._keys:  # only now the heads' number and sizes are known
+            self._keys = [self._fit(layer.keys[:0]) for layer in cache.layers]
+            self._values = [self._fit(layer.values[:0]) for layer in cache.layers]
+        for i, layer in enumerate(cache.layers):
+            self._keys[i][target, :, : logits.shape[1]] = layer.keys[source]
+            self._values[i][target, :, : logits.shape[1]] = layer.values[source]
+        last = torch.tensor([len(c) - 1 for c in contexts], device=self.device)
+        return logits[torch.arange(len(contexts), device=self.device), last].float()
+
+    @torch.inference_mode()
+    def logits(self, sequences: list[np.ndarray]) -> Float[Tensor, "tokens vocab"]:
+        logits, _ = self._read(sequences)
+        return torch.cat([row[: len(s)] for row, s in zip(logits, sequences, strict=True)]).float()
+
+    @torch.inference_mode()
+    def decode(self, tokens: Int[np.ndarray, " n"], positions: Int[np.ndarray, " n"]) -> Float[Tensor, "n vocab"]:
+        at = torch.from_numpy(positions).to(self.device)
+        length = int(positions.max()) + 1
+        visible = torch.arange(length, device=self.device)[None] <= at[:, None]  # [n, length]
+        out = self.model(
+            input_ids=torch.from_numpy(tokens).to(self.device)[:, None],
+            position_ids=at[:, None],
+            attention_mask=visible[:, None, None],
+            past_key_values=_Rows(self._keys, self._values, at, length),
+            use_cache=True,
+        )
+        return out.logits[:, 0].float()

@@ -1,0 +1,81 @@
+"""What the torch engine asks of a model: hold weights, keep one cache row per running sequence, compute logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Decoder(Protocol):
+    """Rows are numbered 0..n-1 without holes: the engine moves the last row into the place of one that ended, so
+    every step works on the first n rows."""
+
+    vocab_size: int
+    max_positions: int
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Installs a full set of weights under checkpoint names. Raises ValueError that lists every missing,
+        unexpected and misshapen tensor; the cache rows are kept."""
+        ...
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """What `load` installed."""
+        ...
+
+    def reserve(self, rows: int, context: int) -> None:
+        """Makes room for `rows` sequences of at most `context` tokens."""
+        ...
+
+    def release(self) -> None:
+        """Frees weights and caches. `load` and `reserve` come before anything else again."""
+        ...
+
+    def prefill(self, contexts: list[np.ndarray], rows: list[list[int]]) -> Float[Tensor, "contexts vocab"]:
+        """Reads each context once, keeps it for every row in `rows[i]` and returns the logits after its last token."""
+        ...
+
+    def decode(self, tokens: Int[np.ndarray, " n"], positions: Int[np.ndarray, " n"]) -> Float[Tensor, "n vocab"]:
+        """Appends `tokens[r]` at `positions[r]` to row r, for rows 0..n-1, and returns the logits after it."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Row `target` becomes what row `source` was; `source` is free."""
+        ...
+
+    def logits(self, sequences: list[np.ndarray]) -> Float[Tensor, "tokens vocab"]:
+        """The logits after every token of every sequence, one after the other, without touching a cache row."""
+        ...
+
+
+def mismatches(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
+    """One line for every missing, unexpected or misshapen tensor."""
+    lines = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
+    lines += [f"unexpected: {name} {list(found[name])}" for name in found if name not in expected]
+    lines += [
+        f"shape of {name}: found {list(found[name])}, expected {list(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    return lines
+
+
+def raise_mismatches(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """ValueError listing all `mismatches`, if there are any."""
+    lines = mismatches(expected, found)
+    if lines:
+        shown = "\n  ".join(lines[:40]) + (f"\n  and {len(lines) - 40} more" if len(lines) > 40 else "")
+        raise ValueError(f"these weights do not fit the model the engine was started with:\n  {shown}")
+
+
+def pack(sequences: list[np.ndarray]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Int[Tensor, " documents+1"]]:
+    """Sequences laid one after the other: tokens, positions within each sequence, bounds."""
+    lengths = np.array([len(s) for s in sequences], np.int64)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.concatenate([np.asarray(s, np.int64) for s in sequences])
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    return torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(bounds)
