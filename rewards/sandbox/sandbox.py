@@ -80,7 +80,7 @@ class Sandbox:
         finally:
             theirs.close()
             os.close(owner)
-        self._closed = False
+        self.closed = False
         try:
             hello = self._control.read(START_S)
             if hello is None:
@@ -158,9 +158,9 @@ class Sandbox:
 
     def close(self) -> None:
         """Ends the zygote and everything in it."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         self._control.line.close()
         os.close(self._devnull)
         self._errors.close()
@@ -181,7 +181,7 @@ class Sandbox:
         if os.getpid() != self._owner:
             raise SandboxError("this sandbox was made before a fork; make one in each process")
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise SandboxError("this sandbox is closed")
             try:
                 yield

@@ -1,0 +1,325 @@
+"""Code rewards: function-call, stdin/stdout, plain-script and assert-style tests, run in the sandbox.
+
+    code_reward(completion, tests={"inputs": ["1 2\\n"], "outputs": ["3\\n"]})                     # stdin/stdout
+    code_reward(completion, tests={"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]})          # function calls
+    code_reward(completion, tests=["assert add(1, 2) == 3"])                                       # assertions
+    code_reward(completion, tests="def check(candidate): ...", entry_point="add", setup=prompt)    # HumanEval
+    code_reward(completion, tests={"stdout": "hello\\n"})                                          # a plain script
+
+Expected values never enter the process that runs the candidate. What goes wrong on our side (a missing wall, no memory)
+is verdict `error`, never a score.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import json
+import logging
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from rewards.sandbox import Limits, Run, Sandbox, SandboxError, values
+from rewards.sandbox.compare import same_output, same_value
+from rewards.score import Score, Verdict
+
+_log = logging.getLogger(__name__)
+Credit = Literal["all", "share"]
+
+_FENCE = re.compile(r"^[ \t]{0,3}(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*$", re.MULTILINE)
+_PYTHON = {"", "python", "python3", "py", "py3"}
+_END_OF_TEXT = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "</s>", "<｜end▁of▁sentence｜>")
+
+
+# -- what to run ---------------------------------------------------------------------------------------------------
+
+
+def extract_code(completion: str, language: str = "python") -> str | None:
+    """The code that a completion answers with, or None: after end of sequence is cut off and the last `</think>` left
+    behind, inside `<answer>` where there is one, the last closed fence of this language. Without a fence after
+    `</think>` there is no answer; an unclosed `<think>` or fence is none either."""
+    _check_language(language)
+    for mark in _END_OF_TEXT:
+        completion = completion.split(mark, 1)[0]
+    if "</think>" in completion:
+        completion = completion.rsplit("</think>", 1)[1]
+    if "<think>" in completion:
+        return None
+    if "<answer>" in completion:
+        inside = completion.rsplit("<answer>", 1)[1]
+        if "</answer>" not in inside:
+            return None
+        completion = inside.split("</answer>", 1)[0]
+    blocks, opened = [], None
+    for match in _FENCE.finditer(completion):
+        if opened is None:
+            opened = match
+        elif match[1][0] == opened[1][0] and len(match[1]) >= len(opened[1]) and not match[2]:
+            blocks.append((opened[2].lower(), completion[opened.end() + 1 : match.start()]))
+            opened = None
+    if opened is not None:
+        return None
+    codes = [code for name, code in blocks if name in _PYTHON]
+    return codes[-1] if codes else None
+
+
+def _check_language(language: str) -> None:
+    if language != "python":
+        raise ValueError(f"language is {language!r}; supported: 'python'")
+
+
+# -- what it is tested with ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CallTests:
+    """Calls `entry` with each of `inputs` (arguments, keywords) and compares with `expected` by exact type and value.
+    `lists` reads tuples as lists, for expected values that were written in JSON."""
+
+    entry: str
+    inputs: list[tuple[tuple, dict]]
+    expected: list[object]
+    setup: str = ""
+    lists: bool = False
+
+
+@dataclass(frozen=True)
+class ProgramTests:
+    """Runs the program once for each of `inputs` and compares standard output with `expected`, word by word."""
+
+    inputs: list[str]
+    expected: list[str]
+
+
+@dataclass(frozen=True)
+class AssertTests:
+    """Runs each of `tests` (Python source) in a tester process; `entries` are the candidate's names (default: the names
+    only it can define), `setup` task code for both sides, `prepare` test code that comes before the tests."""
+
+    tests: list[str]
+    entries: tuple[str, ...] = ()
+    setup: str = ""
+    prepare: str = ""
+
+
+Tests = CallTests | ProgramTests | AssertTests
+
+
+def parse_tests(tests: object, entry_point: str | None = None, setup: str = "", prepare: str = "") -> Tests:
+    """The tests of a data row (a mapping, a list of assertions, a source text, or JSON of one of them) as one of the
+    three kinds. Raises `ValueError` saying what was found and what is expected."""
+    if isinstance(tests, CallTests | ProgramTests | AssertTests):
+        return tests
+    if isinstance(tests, str):
+        if tests.lstrip()[:1] in ("{", "["):
+            try:
+                return parse_tests(json.loads(tests), entry_point, setup, prepare)
+            except json.JSONDecodeError:
+                pass  # source text that begins with a display
+        if re.search(r"^def check\(", tests, re.MULTILINE):
+            if not entry_point:
+                raise ValueError("tests define check(candidate): entry_point must name the candidate's function")
+            return AssertTests([f"{tests}\n\ncheck({entry_point})\n"], (entry_point,), setup, prepare)
+        return AssertTests([tests], (entry_point,) if entry_point else (), setup, prepare)
+    if isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
+        return AssertTests(tests, (entry_point,) if entry_point else (), setup, prepare)
+    if isinstance(tests, dict) and set(tests) == {"stdout"}:
+        return ProgramTests([""], [tests["stdout"]])
+    if isinstance(tests, dict) and {"inputs", "outputs"} <= set(tests):
+        inputs, outputs, entry = tests["inputs"], tests["outputs"], tests.get("fn_name") or entry_point
+        if not inputs or len(inputs) != len(outputs):
+            raise ValueError(f"tests hold {len(inputs)} inputs and {len(outputs)} outputs, expected as many, at least 1")
+        if entry:
+            calls = [(tuple(i), {}) if isinstance(i, list | tuple) else ((), dict(i)) for i in inputs]
+            return CallTests(entry, calls, list(outputs), setup, lists=True)
+        if all(isinstance(text, str) for text in [*inputs, *outputs]):
+            return ProgramTests(list(inputs), list(outputs))
+    raise ValueError(
+        f"tests are {str(tests)[:120]!r}; expected {{'inputs', 'outputs'}} of texts, the same with 'fn_name', "
+        "{'stdout'}, a list of assertions, or source with check(candidate)"
+    )
+
+
+# -- the checks ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One test: `why` says in words what happened when it did not pass."""
+
+    verdict: Verdict
+    why: str = ""
+
+
+def check(
+    sandbox: Sandbox, code: str, tests: Tests, *, limits: Limits, credit: Credit = "all", tolerance: float | None = None
+) -> list[Outcome]:
+    """One outcome per test, in order; with credit "all" the list ends at the first that fails.
+
+    Raises `SandboxError` where the sandbox, and `ValueError` where the tests are to blame.
+    """
+    run = {CallTests: _check_calls, ProgramTests: _check_programs, AssertTests: _check_asserts}[type(tests)]
+    count = len(tests.tests if isinstance(tests, AssertTests) else tests.inputs)
+    outcomes: list[Outcome] = []
+    until = time.monotonic() + limits.total_s
+    while len(outcomes) < count and (credit == "share" or all(o.verdict == "correct" for o in outcomes)):
+        left_s = until - time.monotonic()
+        if left_s <= 0:
+            outcomes += [Outcome("timeout", f"no time left of {limits.total_s} s")] * (count - len(outcomes))
+            break
+        remaining = dataclasses.replace(limits, total_s=left_s)
+        outcomes += run(sandbox, code, tests, len(outcomes), remaining, tolerance)
+    if credit == "all":
+        failed = next((i for i, o in enumerate(outcomes) if o.verdict != "correct"), count)
+        return outcomes[: failed + 1]
+    return outcomes
+
+
+def _check_calls(
+    sandbox: Sandbox, code: str, tests: CallTests, first: int, limits: Limits, tolerance: float | None
+) -> list[Outcome]:
+    run = sandbox.call(code, tests.entry, tests.inputs[first:], setup=tests.setup, limits=limits)
+    if run.load is not None:
+        return [Outcome("wrong", run.load)] * (len(tests.inputs) - first)
+    outcomes = [
+        _judge_answer(frame, expected, tolerance, tests.lists)
+        for frame, expected in zip(run.frames, tests.expected[first:])
+    ]
+    return outcomes + _unanswered(run, len(tests.inputs) - first - len(outcomes))
+
+
+def _judge_answer(frame: dict, expected: object, tolerance: float | None, lists: bool) -> Outcome:
+    if "value" not in frame:
+        return Outcome("wrong", f"raised {str(frame.get('raised'))[:300]}")
+    try:
+        actual = values.decode(frame["value"])
+    except values.BadValue as error:
+        return Outcome("wrong", f"unreadable answer: {error}")
+    if same_value(expected, actual, tolerance, lists):
+        return Outcome("correct")
+    return Outcome("wrong", "another value")
+
+
+def _unanswered(run: Run, missing: int) -> list[Outcome]:
+    """The first test without an answer, told by how the process ended; the ones after it are another run's."""
+    if missing <= 0:
+        return []
+    if run.end == "timeout":
+        return [Outcome("timeout", "no answer in time")]
+    return [Outcome("wrong", _ending(run))]
+
+
+def _ending(run: Run) -> str:
+    if run.end == "output":
+        return "said more than allowed"
+    if run.exit_code < 0:
+        return f"ended by signal {-run.exit_code}"
+    return f"ended early with exit code {run.exit_code}"
+
+
+def _check_programs(
+    sandbox: Sandbox, code: str, tests: ProgramTests, first: int, limits: Limits, tolerance: float | None
+) -> list[Outcome]:
+    run = sandbox.program(code, tests.inputs[first].encode("utf-8", "surrogatepass"), limits=limits)
+    if run.end == "timeout":
+        return [Outcome("timeout", "did not end in time")]
+    if run.end != "finished" or run.exit_code != 0:
+        raised = next((str(frame["raised"])[:300] for frame in run.frames if "raised" in frame), None)
+        return [Outcome("wrong", raised or _ending(run))]
+    if same_output(tests.expected[first], run.output.decode("utf-8", "replace"), tolerance):
+        return [Outcome("correct")]
+    return [Outcome("wrong", "another output")]
+
+
+def _check_asserts(
+    sandbox: Sandbox, code: str, tests: AssertTests, first: int, limits: Limits, tolerance: float | None
+) -> list[Outcome]:
+    run = sandbox.asserts(
+        code, tests.tests, first=first, entries=tests.entries, setup=tests.setup, prepare=tests.prepare, limits=limits
+    )
+    outcomes = []
+    for number, frame in enumerate(run.frames, first):
+        if "broken" in frame:
+            raise ValueError(f"test {number} cannot be run: {frame['broken']}")
+        if frame.get("test") != number:
+            raise SandboxError(f"the tester reported test {frame.get('test')!r}, expected {number}")
+        if frame.get("passed") is True:
+            outcomes.append(Outcome("correct"))
+        else:
+            outcomes.append(Outcome("wrong", run.load or frame.get("why", "")))
+    if run.load is not None:
+        return [Outcome("wrong", run.load)] * (len(tests.tests) - first)
+    return outcomes or _unanswered(run, len(tests.tests) - first)
+
+
+# -- the reward ----------------------------------------------------------------------------------------------------
+
+_sandboxes: dict[tuple[int, str], Sandbox] = {}
+
+
+def _sandbox(isolation: str) -> Sandbox:
+    """This process's sandbox: started at the first call, replaced when it failed."""
+    key = (os.getpid(), isolation)
+    if key not in _sandboxes or _sandboxes[key].closed:
+        if not _sandboxes:
+            atexit.register(close)
+        _sandboxes[key] = Sandbox(isolation=isolation)
+    return _sandboxes[key]
+
+
+def close() -> None:
+    """Ends this process's sandboxes."""
+    for sandbox in list(_sandboxes.values()):
+        sandbox.close()
+    _sandboxes.clear()
+
+
+def code_reward(
+    completion: str,
+    tests: object,
+    entry_point: str | None = None,
+    setup: str = "",
+    prepare: str = "",
+    *,
+    language: str = "python",
+    credit: Credit = "all",
+    float_tolerance: float | None = None,
+    timeout_s: float = 6.0,
+    total_s: float = 30.0,
+    memory_mb: int = 512,
+    isolation: str = "namespaces",
+) -> Score:
+    """1 when the completion's code passes `tests` (`parse_tests` lists the forms), else 0; with credit "share" the
+    share of tests passed.
+
+    `timeout_s` is wall time a test, `total_s` of all tests. Verdicts: `unparsed` without a code block, `timeout` when
+    the first failure is one, `error` (value NaN, reason logged) when the sandbox failed. Metrics: `passed_share`,
+    `tests_run`. Raises `ValueError` for tests or options that make no sense.
+    """
+    if credit not in ("all", "share"):
+        raise ValueError(f"credit is {credit!r}, expected 'all' or 'share'")
+    parsed = parse_tests(tests, entry_point, setup, prepare)
+    limits = Limits(timeout_s=timeout_s, total_s=total_s, memory_bytes=memory_mb << 20)
+    code = extract_code(completion, language)
+    if code is None:
+        return Score(0.0, "unparsed", {"passed_share": 0.0})
+    try:
+        outcomes = check(_sandbox(isolation), code, parsed, limits=limits, credit=credit, tolerance=float_tolerance)
+    except SandboxError as error:
+        _log.error("code_reward could not check a completion: %s", error)
+        return Score(float("nan"), "error")
+    return score(outcomes, parsed, credit)
+
+
+def score(outcomes: list[Outcome], tests: Tests, credit: Credit) -> Score:
+    """The `Score` of the outcomes of `check`."""
+    count = len(tests.tests if isinstance(tests, AssertTests) else tests.inputs)
+    passed = sum(outcome.verdict == "correct" for outcome in outcomes)
+    share = passed / count
+    failure = next((outcome.verdict for outcome in outcomes if outcome.verdict != "correct"), None)
+    verdict: Verdict = "correct" if passed == count else failure or "wrong"
+    value = share if credit == "share" else float(passed == count)
+    return Score(value, verdict, {"passed_share": share, "tests_run": float(len(outcomes))})

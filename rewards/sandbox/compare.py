@@ -1,0 +1,74 @@
+"""Whether what a candidate returned or printed is what was expected. Runs in the trusted process, on genuine built-ins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+_SCALARS = (str, bytes, bytearray, range)
+
+
+def same_value(expected: object, actual: object, tolerance: float | None = None, lists: bool = False) -> bool:
+    """Exact type and value at every depth: `1`, `1.0` and `True` differ, so do a list and a tuple; NaN equals NaN.
+
+    `tolerance` (absolute for numbers below 1, else relative) is for floats, and for an int where a float is expected or
+    the other way round. `lists=True` reads a tuple as a list: JSON, in which many tests are written, has no tuples.
+    """
+    if lists:
+        expected = list(expected) if type(expected) is tuple else expected
+        actual = list(actual) if type(actual) is tuple else actual
+    kind = type(expected)
+    numbers = {kind, type(actual)}
+    if tolerance is not None and float in numbers and numbers <= {int, float}:
+        return close(expected, actual, tolerance)
+    if kind is not type(actual):
+        return False
+    if kind is float:
+        return expected == actual or (math.isnan(expected) and math.isnan(actual))
+    if kind is complex:
+        return same_value((expected.real, expected.imag), (actual.real, actual.imag), tolerance)
+    if kind in (list, tuple) or kind.__name__ == "deque":
+        return len(expected) == len(actual) and all(
+            same_value(e, a, tolerance, lists) for e, a in zip(expected, actual)
+        )
+    if isinstance(expected, dict):
+        if len(expected) != len(actual) or not _same_members(expected, actual):
+            return False
+        return all(same_value(value, actual[key], tolerance, lists) for key, value in expected.items())
+    if kind in (set, frozenset):
+        return len(expected) == len(actual) and _same_members(expected, actual)
+    return expected == actual
+
+
+def _same_members(expected: Iterable, actual: Iterable) -> bool:
+    """Equal members of equal types (`{1}` is not `{True}`)."""
+    return {(type(x), x) for x in expected} == {(type(x), x) for x in actual}
+
+
+def close(expected: float, actual: float, tolerance: float) -> bool:
+    """|expected - actual| within `tolerance` of max(1, |expected|); infinities and NaN only equal themselves."""
+    try:
+        expected, actual = float(expected), float(actual)
+    except OverflowError:
+        return expected == actual
+    if not (math.isfinite(expected) and math.isfinite(actual)):
+        return expected == actual or (math.isnan(expected) and math.isnan(actual))
+    return abs(expected - actual) <= tolerance * max(1.0, abs(expected))
+
+
+def same_output(expected: str, actual: str, tolerance: float | None = None) -> bool:
+    """The words of two texts, split at white space, agree one by one (the usual judge); `tolerance` is for words that
+    are numbers with a point or exponent in either text."""
+    left, right = expected.split(), actual.split()
+    if len(left) != len(right):
+        return False
+    return all(a == b or (tolerance is not None and _close_words(a, b, tolerance)) for a, b in zip(left, right))
+
+
+def _close_words(expected: str, actual: str, tolerance: float) -> bool:
+    if len(expected) > 400 or len(actual) > 400:
+        return False
+    try:
+        return close(float(expected), float(actual), tolerance) and math.isfinite(float(expected))
+    except ValueError:
+        return False
