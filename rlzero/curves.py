@@ -81,11 +81,12 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def running_mean(values: Sequence[float | None], window: int) -> list[float | None]:
-    """Mean of the last `window` values that are there, at every position that has a value."""
+    """Mean of the values within `window // 2` positions to either side, at every position that has a value."""
+    reach = window // 2
     result: list[float | None] = []
     for index, value in enumerate(values):
-        recent = [v for v in values[max(0, index - window + 1) : index + 1] if v is not None]
-        result.append(sum(recent) / len(recent) if value is not None else None)
+        around = [v for v in values[max(0, index - reach) : index + reach + 1] if v is not None]
+        result.append(sum(around) / len(around) if value is not None else None)
     return result
 
 

@@ -65,13 +65,18 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
 
 
 def curve_svg(run_dir: str | Path, path: str | Path) -> Path:
-    """The run's pass@1 and accuracy of training over steps as one SVG file, for a README; returns `path`."""
+    """pass@1 and cons@k of the held-out questions over the run's steps as one SVG file, for a README, with the mean of
+    every checker that gives shares (0 to 1) in training; returns `path`."""
     run_dir, path = Path(run_dir), Path(path)
     steps, evaluations = read_lines(run_dir / "metrics.jsonl"), read_lines(run_dir / "evals.jsonl")
     chart = line_chart(
-        "held-out pass@1 and mean reward while it learns", _pass_series(evaluations)[:1] + _reward_series(steps)[:1],
-        width=760, height=320, y_range=(0.0, None), y_format=lambda v: f"{v:.2g}",
-    )  # fmt: skip
+        "Held-out questions and training rewards",
+        _pass_series(evaluations) + [s for s in _checker_series(steps) if all(0 <= (y or 0) <= 1 for y in s.ys)],
+        percent,
+        (0.0, 1.0),
+        width=760,
+        height=320,
+    )
     style = f"<style>{curves.VARIABLES}{curves.STYLE}</style>"
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, chart.replace("<text class='title'", style + "<text class='title'", 1))
@@ -86,12 +91,12 @@ body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-a
 main{max-width:1240px;margin:0 auto;padding:28px 20px 60px}
 h1{font-size:26px;margin:0 0 2px}h2{font-size:18px;margin:34px 0 10px}
 .lead{font-size:17px;margin:0 0 18px;color:var(--faint)}.lead b{color:var(--ink)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(145px,1fr));gap:10px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(125px,1fr));gap:10px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px;min-width:0}
 .tile b{display:block;font-size:21px;line-height:1.25;font-variant-numeric:tabular-nums}
 .tile span{color:var(--faint);font-size:13px}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:12px}
-.plots svg{width:100%;height:auto;display:block}.note{color:var(--faint);font-size:13px;margin:4px 0 0}
+.wide{grid-column:1/-1}.plots svg{width:100%;height:auto;display:block}.note{color:var(--faint);font-size:13px;margin:4px 0 0}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:12px;align-items:start}
 .columns h3{margin:0 0 6px;font-size:15px}
 .question{color:var(--faint);white-space:pre-wrap;overflow-wrap:anywhere;margin:0 0 8px}
@@ -117,7 +122,8 @@ def _page(run_dir: Path, figures: dict[str, Any]) -> str:
         if config_file.exists()
         else ""
     )
-    plots = "".join(f"<div class='card'>{svg}</div>" for svg in _plots(steps, evaluations))
+    *narrow, wide = _plots(steps, evaluations)
+    plots = "".join(f"<div class='card'>{svg}</div>" for svg in narrow) + f"<div class='card wide'>{wide}</div>"
     name = escape(str(figures["name"]))
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
@@ -152,8 +158,8 @@ def _tiles(figures: dict[str, Any], steps: Sequence[dict]) -> str:
         (f"cons@{k} after", _or_dash(figures["cons_at_k_after"], lambda v: f"{100 * v:.1f} %")),
         ("wall time", _duration(figures["wall_s"])),
         ("tokens written", plain(figures["rollout_tokens"])),
-        ("tokens/s while writing", plain(figures["rollout_tokens"] / written_s) if written_s else "-"),
-        ("engine-trainer gap, worst step", plain(max(gaps)) if gaps else "-"),
+        ("tokens/s writing", plain(figures["rollout_tokens"] / written_s) if written_s else "-"),
+        ("worst engine gap", plain(max(gaps)) if gaps else "-"),
         ("seed", str(figures["seed"])),
     ]
     return "".join(
@@ -172,7 +178,7 @@ def _plots(steps: Sequence[dict], evaluations: Sequence[dict]) -> list[str]:
         line_chart("KL to the reference", [_series(steps, "kl", "kl", smooth=True)]),
         line_chart("Entropy, nats per token", [_series(steps, "entropy", "entropy", smooth=True)], y_range=(0.0, None)),
         line_chart("Gap between engine and trainer", gaps, y_range=(0.0, None)),
-        stacked_bars("Time of a step, seconds", [line["step"] for line in steps], _parts(steps)),
+        stacked_bars("Time of a step, seconds", [line["step"] for line in steps], _parts(steps), width=1150),
     ]
 
 
@@ -185,10 +191,14 @@ def _pass_series(evaluations: Sequence[dict]) -> list[Series]:
 
 
 def _reward_series(steps: Sequence[dict]) -> list[Series]:
-    # `reward/<name>` is a checker's mean, `reward/<name>/<metric>` a detail of it.
-    checkers = sorted({key for line in steps for key in line if key.startswith("reward/") and key.count("/") == 1})
-    parts = [_series(steps, key, key.removeprefix("reward/"), smooth=True) for key in checkers]
+    parts = _checker_series(steps)
     return [_series(steps, "reward_mean", "mean reward", smooth=True), *(parts if len(parts) > 1 else [])]
+
+
+def _checker_series(steps: Sequence[dict]) -> list[Series]:
+    """The mean of every checker; `reward/<name>` is one, `reward/<name>/<metric>` a detail of it."""
+    checkers = sorted({key for line in steps for key in line if key.startswith("reward/") and key.count("/") == 1})
+    return [_series(steps, key, key.removeprefix("reward/"), smooth=True) for key in checkers]
 
 
 def _parts(steps: Sequence[dict]) -> dict[str, list[float | None]]:
