@@ -24,19 +24,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from trainer.losses import LossOptions
 from trainer.optimizer import OptimizerOptions
+from trainer.policy import PolicyOptions
 
 class _Section(BaseModel):
     """What every part of a config has in common: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class PolicyOptions(_Section):
-    path: str
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    recipe: Literal["bf16", "fp8", "fp8_emulated"] = "bf16"
-    activation_checkpointing: bool = False
-    freeze_router_bias: bool = False
 
 
 # --- the sections ----------------------------------------------------------------------------------------------------
@@ -184,7 +177,7 @@ class Config(_Section):
 
     def resolved_yaml(self) -> str:
         """Every field with its value; reading this text again gives an equal config."""
-        tree = self.model_dump(mode="json", exclude={"optimizer": {"total_steps"}})
+        tree = self.model_dump(mode="json", exclude=NOT_CONFIGURED)
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
@@ -205,6 +198,9 @@ class ConfigError(UsageError):
 
 
 # --- mistakes that no single field shows ------------------------------------------------------------------------------
+
+# Fields of the trainer's records that a run of reinforcement learning does not leave to the user.
+NOT_CONFIGURED = {"policy": {"init", "tokenizer"}, "optimizer": {"total_steps"}}
 
 Conflict = tuple[tuple[str, ...], str]  # the fields involved, what is wrong and what to do
 
@@ -233,6 +229,10 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             f"batch.tokens_per_micro_batch: {batch.tokens_per_micro_batch} cannot hold one sample of "
             f"data.max_prompt_tokens {data.max_prompt_tokens} + rollout.max_tokens {rollout.max_tokens} = {longest}",
         )
+    if config.policy.init is not None:
+        yield ("policy.init",), "policy.init: reinforcement learning starts from a trained model; set policy.path to its folder"
+    if config.policy.tokenizer is not None:
+        yield ("policy.tokenizer",), "policy.tokenizer: a run takes the tokenizer in the folder of policy.path; leave it out"
     context = policy_context(config.policy.path)
     if context is not None and longest > context:
         yield (
@@ -277,8 +277,10 @@ def conflicts(config: Config) -> Iterator[Conflict]:
         )
 
 
-def policy_context(path: str) -> int | None:
+def policy_context(path: str | None) -> int | None:
     """Longest sequence, in tokens, of the policy in folder `path`; None where it is not there (yet) or does not say."""
+    if path is None:
+        return None
     file = Path(path) / "config.json"
     try:
         context = json.loads(file.read_text()).get("max_position_embeddings")
@@ -374,6 +376,8 @@ def known_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted names of all fields of `model`; the entries of a list of records stand under the list's own name."""
     names: list[str] = []
     for key, field in model.model_fields.items():
+        if key in NOT_CONFIGURED.get(prefix.rstrip("."), ()) and model in (PolicyOptions, OptimizerOptions):
+            continue
         names.append(prefix + key)
         inner = _record_type(field.annotation)
         if inner is not None:
