@@ -31,7 +31,7 @@ Aggregation = Literal["token", "sequence", "constant"]
 Correction = Literal["none", "tis", "icepop"]
 CorrectionLevel = Literal["token", "sequence", "geometric"]
 KLEstimator = Literal["k1", "k2", "k3"]
-Metrics = dict[str, Float[Tensor, "2"]]  # name -> (sum, number of things summed): adds up over micro-batches and ranks
+Metrics = dict[str, Float[Tensor, " 2"]]  # name -> (sum, number of things summed): adds up over micro-batches and ranks
 
 # Bounds of the correction weight where the config leaves them open: each paper's own values.
 CORRECTION_BOUNDS = {"none": (0.0, float("inf")), "tis": (0.0, 2.0), "icepop": (0.5, 5.0)}
@@ -71,8 +71,8 @@ class LossOptions(BaseModel):
     def _complete(self) -> LossOptions:
         if (self.aggregation == "constant") != (self.constant_length is not None):
             raise ValueError(
-                f"constant_length is {self.constant_length} and aggregation is {self.aggregation}; aggregation constant "
-                "needs a constant_length (the longest completion, in tokens), the others take none"
+                f"constant_length is {self.constant_length} and aggregation is {self.aggregation}; aggregation "
+                "constant needs a constant_length (the longest completion, in tokens), the others take none"
             )
         low, high = self.correction_bounds
         if low > high:
@@ -261,20 +261,12 @@ def policy_loss(
     Raises ValueError for a stream that the options need and the batch lacks, and for values that are not finite.
     """
     mask = batch.loss_mask
-    documents = batch.document_ids[mask]
+    documents = batch.document_ids.to(mask.device)[mask]  # bounds may lie on the CPU, see trainer.packing.to_device
     count = len(batch.bounds) - 1
     new = logprobs[mask]
-    reference, behaviour, teacher = (
-        None if stream is None else _finite(name, stream[mask].to(new.dtype))
-        for name, stream in (
-            ("reference_logprobs", batch.reference_logprobs),
-            ("behaviour_logprobs", batch.behaviour_logprobs),
-            ("teacher_logprobs", batch.teacher_logprobs),
-        )
-    )
-    old = (
-        new.detach() if batch.old_logprobs is None else _finite("old_logprobs", batch.old_logprobs[mask].to(new.dtype))
-    )
+    streams = _streams(batch, new.dtype)
+    reference, behaviour, teacher = (streams.get(f"{name}_logprobs") for name in ("reference", "behaviour", "teacher"))
+    old = streams.get("old_logprobs", new.detach())
 
     def average(values: Tensor) -> Tensor:
         return aggregate(
@@ -288,7 +280,7 @@ def policy_loss(
         )
 
     metrics: Metrics = {}
-    advantages = _advantages(batch, old, teacher, options)
+    advantages = _advantages(streams.get("advantages"), old, teacher, options)
     log_ratio = new - old
     if options.policy_loss == "ppo":
         per_token, clipped = ppo_clip(log_ratio, advantages, options.clip_low, options.clip_high)
@@ -318,7 +310,7 @@ def policy_loss(
             loss = loss + options.kl_coef * average(kl_divergence(new, reference, options.kl_estimator))
     elif options.kl_in == "loss" and options.kl_coef:
         raise ValueError(
-            f"kl_coef is {options.kl_coef} and the batch has no reference_logprobs; set kl_coef to 0 or give a reference"
+            f"kl_coef is {options.kl_coef} and the batch has no reference_logprobs; set it to 0 or give a reference"
         )
     if entropy is not None:
         metrics["entropy"] = _sum_and_count(entropy[mask])
@@ -331,29 +323,37 @@ def policy_loss(
     return loss, metrics
 
 
-def _advantages(batch: Batch, old: Tensor, teacher: Tensor | None, options: LossOptions) -> Float[Tensor, " tokens"]:
-    """Advantage of each selected token. With a teacher the reverse KL joins it as a reward per token,
-    log teacher - log old (on-policy distillation; MiniLLM, arXiv 2306.08543, eq. 2, with discount 0)."""
-    total = torch.zeros_like(old)
-    if batch.advantages is not None:
-        total = total + _finite("advantages", batch.advantages[batch.loss_mask].to(old.dtype))
-    if options.teacher_coef:
-        if teacher is None:
-            raise ValueError(f"teacher_coef is {options.teacher_coef} and the batch has no teacher_logprobs")
-        total = total + options.teacher_coef * (teacher - old)
-    elif batch.advantages is None:
-        raise ValueError("the batch has no advantages, and teacher_coef is 0: nothing to learn from")
-    return total
+def _streams(batch: Batch, dtype: torch.dtype) -> dict[str, Float[Tensor, " tokens"]]:
+    """The per-token values that the batch has, at the tokens of the loss mask. Raises ValueError for one that is not
+    finite there: it is a failed reward or a broken engine, and must not become a gradient."""
+    names = ("advantages", "old_logprobs", "behaviour_logprobs", "reference_logprobs", "teacher_logprobs")
+    streams = {n: getattr(batch, n)[batch.loss_mask].to(dtype) for n in names if getattr(batch, n) is not None}
+    broken = [(~torch.isfinite(values)).sum() for values in streams.values()]
+    counts = torch.stack(broken).tolist() if broken else []  # one wait for the GPU, not one per stream
+    for (name, values), found in zip(streams.items(), counts, strict=True):
+        if found:
+            raise ValueError(
+                f"{name}: {found} of {values.numel()} tokens in the loss mask are not finite; mask their samples"
+            )
+    return streams
 
 
-def _finite(name: str, values: Tensor) -> Tensor:
-    """`values`, or ValueError: a NaN here is a failed reward or a broken engine, and must not become a gradient."""
-    broken = int((~torch.isfinite(values)).sum())
-    if broken:
-        raise ValueError(
-            f"{name}: {broken} of {values.numel()} tokens in the loss mask are not finite; mask their samples"
-        )
-    return values
+def _advantages(
+    given: Float[Tensor, " tokens"] | None,
+    old: Float[Tensor, " tokens"],
+    teacher: Float[Tensor, " tokens"] | None,
+    options: LossOptions,
+) -> Float[Tensor, " tokens"]:
+    """Advantage of each token. With a teacher the reverse KL joins it as a reward per token, log teacher - log old
+    (on-policy distillation; MiniLLM, arXiv 2306.08543, eq. 2, without looking ahead)."""
+    if not options.teacher_coef:
+        if given is None:
+            raise ValueError("the batch has no advantages, and teacher_coef is 0: nothing to learn from")
+        return given
+    if teacher is None:
+        raise ValueError(f"teacher_coef is {options.teacher_coef} and the batch has no teacher_logprobs")
+    reverse_kl = options.teacher_coef * (teacher - old)
+    return reverse_kl if given is None else given + reverse_kl
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -378,11 +378,11 @@ def combine_metrics(parts: Iterable[Metrics]) -> dict[str, float]:
     for part in parts:
         for name, pair in part.items():
             totals[name] = totals[name] + pair.double() if name in totals else pair.double()
-    pairs = {name: pair.tolist() for name, pair in totals.items()}
-    return {name: total / count if count else total for name, (total, count) in pairs.items()}
+    pairs = torch.stack(list(totals.values())).tolist() if totals else []
+    return {name: total / count if count else total for name, (total, count) in zip(totals, pairs, strict=True)}
 
 
-def _sum_and_count(values: Tensor) -> Float[Tensor, "2"]:
+def _sum_and_count(values: Tensor) -> Float[Tensor, " 2"]:
     values = values.detach()
     total = values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
     return torch.stack([total, total.new_tensor(float(values.numel()))])

@@ -49,7 +49,7 @@ def reference_group(name, rewards):
 
 def reference(name, rewards, mask):
     """Only the samples that count reach the formula; the others are put back as 0."""
-    kept = [[r for r, m in zip(rs, ms) if m] for rs, ms in zip(rewards, mask)]
+    kept = [[r for r, m in zip(rs, ms, strict=True) if m] for rs, ms in zip(rewards, mask, strict=True)]
     if name == "reinforce_pp":
         raw = [[r - mean(group) if len(set(group)) > 1 else 0.0 for r in group] for group in kept]
         every = [v for group in raw for v in group]
@@ -58,7 +58,7 @@ def reference(name, rewards, mask):
     else:
         values = [reference_group(name, group) for group in kept]
     rows = []
-    for group, ms in zip(values, mask):
+    for group, ms in zip(values, mask, strict=True):
         left = iter(group)
         rows.append([next(left) if m else 0.0 for m in ms])
     return np.array(rows)
@@ -94,7 +94,7 @@ def test_reinforce_pp_of_groups_of_one_normalises_over_the_batch():
 
 @pytest.mark.parametrize("name", sorted(ADVANTAGES))
 def test_equal_rewards_teach_nothing(name):
-    """0.1 seven times has a mean that is not 0.1 in floating point; a deviation of 1e-17 must not become advantage 1."""
+    """The mean of seven 0.1 is not 0.1 in floating point; a deviation of 1e-17 must not become an advantage of 1."""
     assert (ADVANTAGES[name](np.full((3, 7), 0.1)) == 0).all()
 
 
@@ -121,10 +121,10 @@ def test_reinforce_pp_tokens_is_the_papers_formula():
     rng = random.Random(3)
     kl = [[rng.gauss(0.1, 0.3) for _ in range(n)] for n in (4, 1, 6)]
     rewards = [1.0, 0.0, 0.5]
-    raw = [[r - 0.2 * math.fsum(k[t:]) for t in range(len(k))] for r, k in zip(rewards, kl)]
+    raw = [[r - 0.2 * math.fsum(k[t:]) for t in range(len(k))] for r, k in zip(rewards, kl, strict=True)]
     every = [v for row in raw for v in row]
     found = reinforce_pp_tokens(np.array(rewards), [np.array(k) for k in kl], 0.2)
-    for f, row in zip(found, raw):
+    for f, row in zip(found, raw, strict=True):
         assert f.tolist() == pytest.approx([(v - mean(every)) / (deviation(every) + EPSILON) for v in row], abs=BOUND)
 
 
@@ -181,7 +181,7 @@ def test_kl_in_the_reward_takes_off_the_sum_over_the_sequence(estimator):
         "k2": lambda p, q: (p - q) ** 2 / 2,
         "k3": lambda p, q: math.exp(q - p) - 1 - (q - p),
     }[estimator]
-    sums = [math.fsum(one(p, q) for p, q in zip(a, b)) for a, b in zip(policy, other)]
+    sums = [math.fsum(one(p, q) for p, q in zip(a, b, strict=True)) for a, b in zip(policy, other, strict=True)]
     expected = [[1.0 - 0.1 * sums[0], -0.1 * sums[1]], [0.5 - 0.1 * sums[2], 2.0 - 0.1 * sums[3]]]
     found = kl_in_reward(np.array(rewards), list(map(np.array, policy)), list(map(np.array, other)), 0.1, estimator)
     np.testing.assert_allclose(found, expected, atol=BOUND)

@@ -54,7 +54,7 @@ def make_docs(seed: int, lengths=(3, 7, 1, 5), spread: float = 0.4, token_advant
     docs = []
     for length in lengths:
         new = [-abs(rng.gauss(1.5, 1.0)) for _ in range(length)]
-        near = lambda: [v + rng.gauss(0, spread) for v in new]  # noqa: E731
+        near = lambda around=new: [v + rng.gauss(0, spread) for v in around]  # noqa: E731
         advantage = rng.gauss(0, 1)
         advantages = [rng.gauss(0, 1) if token_advantages else advantage for _ in range(length)]
         entropy = [abs(rng.gauss(1, 0.5)) for _ in range(length)]
@@ -119,7 +119,6 @@ def cispo_terms(new, old, adv, low, high, frozen):
 
 
 def averaged(per_sequence: list[list[float]], aggregation: str, constant: int | None = None) -> float:
-    per_sequence = [terms for terms in per_sequence]
     if aggregation == "token":
         return sum(sum(terms) for terms in per_sequence) / sum(len(terms) for terms in per_sequence)
     if aggregation == "sequence":
@@ -163,7 +162,7 @@ def selected(docs, news):
     """(new, old, advantages) of the tokens in the loss mask of each document."""
     return [
         ([v for t, v in enumerate(n) if t not in d.masked], d.kept("old"), d.kept("advantages"))
-        for d, n in zip(docs, news)
+        for d, n in zip(docs, news, strict=True)
     ]
 
 
@@ -194,14 +193,14 @@ def test_gspo_is_the_papers_formula(bounds):
 
 
 def test_gspo_with_token_advantages_is_gspo_token():
-    """GSPO-token, eq. 13 and 14: the value uses s_i on every token, the gradient is s_i A_t / |y_i| where not clipped."""
+    """GSPO-token, eq. 13 and 14: s_i on every token, and the gradient s_i A_t / |y_i| where it is not clipped."""
     docs = make_docs(3, token_advantages=True)
     logprobs, entropy, batch = make_batch(docs)
     loss, _ = policy_loss(logprobs, entropy, batch, options(policy_loss="gspo"))
     (gradient,) = torch.autograd.grad(loss, logprobs)
     value, expected = 0.0, []
     for d in docs:
-        s = math.exp(sum(p - q for p, q in zip(d.new, d.old)) / len(d.new))
+        s = math.exp(sum(p - q for p, q in zip(d.new, d.old, strict=True)) / len(d.new))
         expected += [0.0] * d.prompt
         for a in d.advantages:
             value -= min(s * a, clamp(s, 0.8, 1.28) * a) / len(d.new) / len(docs)
@@ -219,7 +218,9 @@ def test_cispo_is_the_papers_formula(aggregation, constant):
         docs,
         options(policy_loss="cispo", clip_low=0.5, aggregation=aggregation, constant_length=constant),
         lambda news: averaged(
-            [cispo_terms(*s, 0.5, 0.28, f) for s, f in zip(selected(docs, news), frozen)], aggregation, constant
+            [cispo_terms(*s, 0.5, 0.28, f) for s, f in zip(selected(docs, news), frozen, strict=True)],
+            aggregation,
+            constant,
         ),
     )
 
@@ -245,7 +246,10 @@ def test_kl_in_the_loss(estimator, aggregation, constant):
         options(kl_coef=0.3, kl_estimator=estimator, aggregation=aggregation, constant_length=constant),
         lambda news: (
             averaged([ppo_terms(*s, 0.2, 0.28) for s in selected(docs, news)], aggregation, constant)
-            + 0.3 * averaged([kl_terms(n, d.reference, estimator) for d, n in zip(docs, news)], aggregation, constant)
+            + 0.3
+            * averaged(
+                [kl_terms(n, d.reference, estimator) for d, n in zip(docs, news, strict=True)], aggregation, constant
+            )
         ),
     )
 
@@ -258,7 +262,7 @@ def test_kl_in_the_reward_leaves_the_loss_alone():
 
 
 def exact_kl(p, q):
-    return sum(a * math.log(a / b) for a, b in zip(p, q))
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
 @pytest.mark.parametrize(("estimator", "bias"), [("k1", 0.0), ("k3", 0.0), ("k2", 0.02)])
@@ -266,7 +270,7 @@ def test_estimators_average_to_the_exact_kl(estimator, bias):
     """Over the policy's own distribution k1 and k3 are unbiased (1e-14); k2 is off by less than 0.02 nats here."""
     policy, reference = [0.5, 0.3, 0.2], [0.4, 0.25, 0.35]
     values = kl_divergence(*(torch.tensor(p, dtype=torch.float64).log() for p in (policy, reference)), estimator)
-    mean = sum(p * v for p, v in zip(policy, values.tolist()))
+    mean = sum(p * v for p, v in zip(policy, values.tolist(), strict=True))
     assert abs(mean - exact_kl(policy, reference)) <= bias + 1e-14
 
 
@@ -339,9 +343,11 @@ def test_corrections_weigh_the_policy_loss(loss_name, correction, low, high, lev
     def reference(news):
         terms = [
             ppo_terms(*s, 0.2, 0.28) if loss_name == "ppo" else cispo_terms(*s, 0.2, 0.28, f)
-            for s, f in zip(selected(docs, news), frozen)
+            for s, f in zip(selected(docs, news), frozen, strict=True)
         ]
-        return averaged([[w * t for w, t in zip(ws, ts)] for ws, ts in zip(weights, terms)], "token")
+        return averaged(
+            [[w * t for w, t in zip(ws, ts, strict=True)] for ws, ts in zip(weights, terms, strict=True)], "token"
+        )
 
     assert_matches(
         docs,
@@ -453,7 +459,8 @@ def test_packing_never_changes_loss_gradient_or_metrics(seed, count, micro_batch
             loss += share.item()
             parts.append(metrics)
             gradients |= {
-                i: (logprobs.grad[a:b], entropy.grad[a:b]) for i, a, b in zip(group, batch.bounds, batch.bounds[1:])
+                i: (logprobs.grad[a:b], entropy.grad[a:b])
+                for i, a, b in zip(group, batch.bounds[:-1], batch.bounds[1:], strict=True)
             }
         return loss, combine_metrics(parts), gradients
 
@@ -462,7 +469,7 @@ def test_packing_never_changes_loss_gradient_or_metrics(seed, count, micro_batch
     assert split[0] == pytest.approx(whole[0], abs=1e-12)
     assert split[1] == pytest.approx(whole[1], abs=1e-12)
     for i in range(count):
-        for a, b in zip(split[2][i], whole[2][i]):
+        for a, b in zip(split[2][i], whole[2][i], strict=True):
             assert torch.allclose(a, b, atol=1e-13, rtol=0)
 
 
@@ -518,7 +525,9 @@ def test_metrics_are_what_they_say():
     tokens = [
         (n, o, b, r, q, h, a)
         for d in docs
-        for n, o, b, r, q, h, a in zip(d.new, d.old, d.behaviour, d.reference, d.teacher, d.entropy, d.advantages)
+        for n, o, b, r, q, h, a in zip(
+            d.new, d.old, d.behaviour, d.reference, d.teacher, d.entropy, d.advantages, strict=True
+        )
     ]
     mean = lambda f: sum(f(*t) for t in tokens) / len(tokens)  # noqa: E731
 
@@ -555,7 +564,7 @@ def test_gap_k3_estimates_the_kl_of_engine_to_trainer():
     per_token = [
         combine_metrics([gap_metrics(trainer.log()[i : i + 1], engine.log()[i : i + 1])])["gap_k3"] for i in range(3)
     ]
-    expectation = sum(p * v for p, v in zip(engine.tolist(), per_token))
+    expectation = sum(p * v for p, v in zip(engine.tolist(), per_token, strict=True))
     assert expectation == pytest.approx(exact_kl(engine.tolist(), trainer.tolist()), abs=1e-14)
 
 
