@@ -72,13 +72,13 @@ class RunLog:
         question = group.prompt.row.get("prompt") or group.prompt.text
         _append(self.dir / "samples.jsonl", {"step": step, "prompt": question, "completions": completions})
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, evaluations: bool = True) -> None:
         """Takes out what was written for steps that the run, resumed at `step`, will do again. The evaluation of the
-        boundary `step` itself stays: it was made before the checkpoint."""
+        boundary `step` itself stays, for it was made before the checkpoint, unless `evaluations` is False."""
         for name in FILES:
             path = self.dir / name
             lines = read_lines(path)
-            kept = [line for line in lines if line["step"] < step or (name == "evals.jsonl" and line["step"] == step)]
+            kept = [line for line in lines if line["step"] < step or (evaluations and name == "evals.jsonl" and line["step"] == step)]
             if len(kept) < len(lines):
                 _rewrite(path, kept)
         self._restart_trackers(step)

@@ -1,0 +1,195 @@
+"""The command `rlzero`. Every heavy import stands inside the command that needs it: `rlzero --help` is instant.
+
+Exit codes: 0 done, 1 the run failed, 2 what was asked for is wrong (a config, a file, an argument), 130 interrupted.
+Errors are messages; RLZERO_TRACEBACK=1 shows where they came from.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    name="rlzero",
+    help="Turns a base model into a reasoner with reinforcement learning, the R1-Zero way.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 (read by Typer at run time)
+    typer.Argument(help="changes to it, for example steps=20 optimizer.lr=1e-6", metavar="A.B=C", show_default=False),
+]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run, its placement and memory; check that the cluster can hold it.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one.")] = False,
+    from_dump: Annotated[Optional[Path], typer.Option(help="Only train: one step on what `rlzero generate --dump` saved.")] = None,  # noqa: UP045
+) -> None:
+    """Run reinforcement learning as CONFIG describes it."""
+    from rlzero.config import Config
+
+    settings = Config.load(config, overrides or [])
+    if dry_run:
+        _show_plan(settings, resolved=True)
+        return
+    from rlzero import launch
+
+    if from_dump is not None:
+        for name, value in sorted(launch.train_from_dump(settings, from_dump, resume).items()):
+            typer.echo(f"{name:<28} {value:.6g}")
+        return
+    launch.train(settings, resume)
+    _show_report(settings.run_dir)
+
+
+@app.command()
+def generate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dump: Annotated[Path, typer.Option(help="JSON-lines file to write the scored groups to.", show_default=False)] = ...,
+    resume: Annotated[bool, typer.Option("--resume", help="With the weights of the run's newest checkpoint.")] = False,
+) -> None:
+    """Only write and score the completions of one step, without training."""
+    from rlzero import launch
+    from rlzero.config import Config
+
+    settings = Config.load(config, overrides or [])
+    groups = launch.generate(settings, dump, resume)
+    typer.echo(f"{len(groups)} groups, {sum(len(g.rollouts) for g in groups)} completions -> {dump}")
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    policy: Annotated[Optional[Path], typer.Option(help="A model, checkpoint or run to evaluate instead of policy.path.")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option(help="JSON-lines file for every completion with its scores.")] = None,  # noqa: UP045
+) -> None:
+    """pass@1, pass@k and cons@k on the held-out questions of CONFIG."""
+    from rlzero import launch
+    from rlzero.config import Config
+    from rlzero.export import find_checkpoint
+
+    changes = list(overrides or [])
+    if policy is not None:
+        changes.append(f"policy.path={find_checkpoint(policy)}")
+    result = launch.evaluate(Config.load(config, changes), output)
+    for name, value in result.items():
+        typer.echo(f"{name:<18} {value:.4g}")
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Memory, placement and work of a run, without starting anything."""
+    from rlzero.config import Config
+
+    _show_plan(Config.load(config, overrides or []), resolved=False)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="folder of a run, for example runs/demo", show_default=False)]) -> None:
+    """Write report.html and summary.json of a run."""
+    _show_report(run_dir)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="a run, a checkpoint or a model folder", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="new folder", show_default=False)],
+    dtype: Annotated[Optional[str], typer.Option(help="float32 or bfloat16; as it is if not given")] = None,  # noqa: UP045
+) -> None:
+    """Write a checkpoint as a plain Hugging Face folder."""
+    from rlzero.config import UsageError
+    from rlzero.export import export as write
+
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UsageError(f"--dtype {dtype}: expected float32 or bfloat16")
+    typer.echo(str(write(source, target, dtype)))
+
+
+@app.command()
+def pretrain(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Make the demo's base model: pre-training on generated text."""
+    from rlzero import stages
+
+    settings = stages.BaseConfig.load(config, overrides or [])
+    folder = stages.pretrain(settings, say=lambda line: typer.echo(_numbers(line)))
+    typer.echo(str(folder))
+
+
+def _numbers(line: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in line.items())
+
+
+def _show_plan(config, resolved: bool) -> None:
+    from rlzero import cluster
+    from rlzero.config import UsageError
+    from rlzero.plan import describe, make_plan, shortage
+
+    if resolved:
+        typer.echo(config.resolved_yaml())
+    placement = cluster.plan(config)
+    found = make_plan(config)
+    typer.echo("\n".join(describe(config, found, placement.bundles)))
+    if found is not None and (why := shortage(config, found)):
+        raise UsageError(why)
+    if resolved:
+        cluster.connect(config.cluster.address)
+        try:
+            cluster.check_resources(placement)
+        finally:
+            cluster.disconnect()
+        typer.echo("cluster    can hold the run")
+
+
+def _show_report(run_dir: Path) -> None:
+    from rlzero.report import summary, write_report
+
+    page = write_report(run_dir)
+    figures = summary(run_dir)
+    if figures["pass_at_1_before"] is not None and figures["pass_at_1_after"] is not None:
+        typer.echo(f"pass@1 {figures['pass_at_1_before']:.1%} -> {figures['pass_at_1_after']:.1%}")
+    typer.echo(f"report: {page}")
+
+
+def main() -> None:
+    """Entry point: runs the command and turns what it raises into a message and an exit code."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:  # the last place to turn an error into a message
+        if os.environ.get("RLZERO_TRACEBACK"):
+            raise
+        typer.echo(f"error: {_message(error)}", err=True)
+        sys.exit(2 if _is_usage(error) else 1)
+
+
+def _is_usage(error: Exception) -> bool:
+    config = sys.modules.get("rlzero.config")  # not loaded: then nothing of it can have been raised
+    return config is not None and isinstance(error, config.UsageError)
+
+
+def _message(error: Exception) -> str:
+    """Our own errors speak for themselves; any other is named, with the way to its traceback."""
+    ours = type(error).__module__.split(".")[0] in ("rlzero", "rewards", "rollout", "trainer")
+    if ours and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}\n(RLZERO_TRACEBACK=1 shows where it came from)"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Scored groups of one step as a JSON-lines file: `rlzero generate --dump` writes it, `rlzero train --from-dump` reads it.
+
+The first line says what the file is; every further line is one group with all that the trainer will see of it. Floats
+are written with the digits that give the same float back.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewards.score import Score
+from rlzero.config import UsageError
+from rlzero.groups import Group
+from rollout.engine import Prompt, Rollout
+
+KIND = "rlzero dump 1"
+
+
+def save(path: str | Path, groups: Sequence[Group], **about: Any) -> None:
+    """Writes `groups`; `about` (step, policy, ...) goes into the first line."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        file.write(json.dumps({"kind": KIND, **about}) + "\n")
+        for group in groups:
+            file.write(json.dumps(_to_json(group), ensure_ascii=False) + "\n")
+
+
+def load(path: str | Path) -> list[Group]:
+    """The groups that `save` wrote. Raises `UsageError` with file and line for anything else."""
+    path = Path(path)
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        kind = json.loads(lines[0])["kind"]
+    except (IndexError, ValueError, KeyError, TypeError):
+        kind = None
+    if kind != KIND:
+        raise UsageError(f"{path}: not a dump of this release (expected a first line with kind '{KIND}', found {kind!r})")
+    groups = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            groups.append(_from_json(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}:{number}: not a group of a dump: {type(error).__name__}: {error}") from error
+    if not groups:
+        raise UsageError(f"{path}: the dump has no groups")
+    return groups
+
+
+def _to_json(group: Group) -> dict[str, Any]:
+    rollouts = []
+    for rollout in group.rollouts:
+        fields = {**vars(rollout), "routed_experts": None}
+        if rollout.routed_experts is not None:
+            routed = np.ascontiguousarray(rollout.routed_experts, dtype=np.int16)
+            fields["routed_experts"] = {"shape": routed.shape, "int16": base64.b64encode(routed.tobytes()).decode()}
+        rollouts.append(fields)
+    scores = [[None if score is None else asdict(score) for score in of_sample] for of_sample in group.scores]
+    return {"prompt": asdict(group.prompt), "rollouts": rollouts, "scores": scores}
+
+
+def _from_json(values: dict[str, Any]) -> Group:
+    rollouts = []
+    for fields in values["rollouts"]:
+        routed = fields.pop("routed_experts")
+        array = None
+        if routed is not None:
+            array = np.frombuffer(base64.b64decode(routed["int16"]), np.int16).reshape(routed["shape"]).copy()
+        versions = [tuple(pair) for pair in fields.pop("versions")]
+        tokens = tuple(fields.pop("prompt_tokens"))
+        rollouts.append(Rollout(**fields, prompt_tokens=tokens, versions=versions, routed_experts=array))
+    prompt = values["prompt"]
+    scores = [[None if score is None else Score(**score) for score in of_sample] for of_sample in values["scores"]]
+    return Group(Prompt(**{**prompt, "tokens": tuple(prompt["tokens"])}), rollouts, scores)

@@ -1,0 +1,131 @@
+"""What the commands do with a checked config: train, and each half of a step alone, and evaluate."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from rewards.load import RewardError, load_reward
+from rewards.runner import RewardRunner
+from rlzero import dump, loop
+from rlzero import evaluate as evaluation
+from rlzero.cluster import TrainerDied
+from rlzero.config import Config, UsageError
+from rlzero.data import load_prompts, load_tokenizer
+from rlzero.display import Display
+from rlzero.groups import Group, grade, to_samples
+from rlzero.run import Interrupted, Run, checkpoints
+from rlzero.runlog import FILES, RunLog
+from rollout.engine import Sampling
+from rollout.worker import choose_engine, make_engine
+from trainer import checkpoint
+from trainer.worker import Trainer
+
+logger = logging.getLogger(__name__)
+
+RESUMES = 3  # times that a run goes on by itself after its trainer died
+
+
+def train(config: Config, resume: bool) -> None:
+    """The whole run. A trainer that dies ends in a resume from the newest checkpoint; Ctrl-C saves and raises
+    `KeyboardInterrupt`. Raises `UsageError` where a run of that name is there already and `resume` is not asked for."""
+    check_rewards(config)
+    newest = checkpoint.latest(checkpoints(config.run_dir))
+    begun = newest is not None or any((config.run_dir / name).exists() for name in FILES)
+    if begun and not resume:
+        raise UsageError(
+            f"{config.run_dir}: holds a run already; go on with --resume, give this one another name (name=...), or "
+            "remove the folder"
+        )
+    if begun and newest is None:
+        RunLog(config.run_dir).rewind(0, evaluations=False)  # killed before its first checkpoint: starts over
+    with Display(config) as watch:
+        if newest is not None and newest.name == f"step-{config.steps:06d}":
+            watch(f"the run has all its {config.steps} steps already", {})
+            return
+        for attempt in range(RESUMES + 1):
+            try:
+                asyncio.run(_train(config, resume, watch))
+                return
+            except TrainerDied as error:
+                newest = checkpoint.latest(checkpoints(config.run_dir))
+                if attempt == RESUMES or newest is None:
+                    raise
+                watch(f"{error}; going on from {newest.name}", {})
+                resume = True
+
+
+async def _train(config: Config, resume: bool, watch: Display) -> None:
+    async with Run(config, resume=resume, watch=watch) as run:
+        try:
+            await loop.train(run)
+        except Interrupted:
+            await run.save(run.step)
+        if run.stopping and run.step < config.steps:
+            watch(f"stopped before step {run.step + 1}; `rlzero train ... --resume` goes on", {})
+            raise KeyboardInterrupt
+
+
+def generate(config: Config, path: Path, resume: bool) -> list[Group]:
+    """Writes and scores the completions of one step, the next one of the run, and saves them to `path`."""
+    check_rewards(config)
+
+    async def write() -> list[Group]:
+        with Display(config) as watch:
+            async with Run(config, resume=resume, watch=watch) as run:
+                graded = await loop.collect(run, run.step)
+                dump.save(path, graded.groups, step=run.step, policy=str(run.start_from or config.policy.path))
+                return graded.groups
+
+    return asyncio.run(write())
+
+
+def train_from_dump(config: Config, path: Path, resume: bool) -> dict[str, float]:
+    """One training step, in this process, on the groups of a dump; returns its metrics and saves nothing."""
+    graded = grade(dump.load(path), config.rewards, config.algorithm, config.rollout.max_tokens)
+    trainer = Trainer(
+        config.policy, config.optimizer, config.loss,
+        seed=config.seed, threads=config.trainer_threads, device=config.device,
+    )  # fmt: skip
+    if resume:
+        newest = checkpoint.latest(checkpoints(config.run_dir))
+        if newest is None:
+            raise UsageError(f"{config.run_dir}: has no checkpoint to take the weights from; leave out --resume")
+        trainer.load(newest)
+    return trainer.step(loop.minibatches(to_samples(graded, config.algorithm), config))
+
+
+def evaluate(config: Config, output: Path | None) -> dict[str, float]:
+    """The figures of the held-out questions for `policy.path`, written by one engine in this process; `output` gets
+    every completion with its scores."""
+    check_rewards(config)
+    tokenizer = load_tokenizer(config.policy.path)
+    prompts = list(load_prompts(config, tokenizer, "evaluation"))
+    options, rollout = config.evaluation, config.rollout
+    sampling = Sampling(rollout.max_tokens, options.temperature, options.top_p, stop=rollout.stop, seed=config.seed)
+    kind, reason = choose_engine(rollout.engine)
+    logger.info("engine: %s (%s)", kind, reason)
+    engine = make_engine(kind, str(config.policy.path), {"dtype": config.policy.dtype, **rollout.engine_args})
+    try:
+        with RewardRunner(
+            config.rewards, workers=config.reward_workers, max_error_share=config.max_reward_error_rate
+        ) as runner:
+            groups = evaluation.write_and_score(engine, runner, prompts, options.samples, sampling)
+    finally:
+        engine.close()
+    if output is not None:
+        dump.save(output, groups, policy=str(config.policy.path))
+    return evaluation.summarise(groups, config.rewards)
+
+
+def check_rewards(config: Config) -> None:
+    """Loads every reward once, before anything starts. Raises `UsageError` that lists those that do not load."""
+    problems = []
+    for spec in config.rewards:
+        try:
+            load_reward(spec.fn, spec.params)
+        except RewardError as error:
+            problems.append(f"  - {error}")
+    if problems:
+        raise UsageError("\n".join(["rewards that cannot be used:", *problems]))
