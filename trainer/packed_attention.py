@@ -7,14 +7,64 @@ padding, so the plain causal kernels serve, without a mask in memory and without
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AttentionInterface
 
-from trainer.model.documents import Documents, pad, unpad
+from trainer.model.documents import group_documents
 
 NAME = "rlzero_packed"  # under which transformers knows `attend`
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every packed token stands in the padded groups, which follow one another in the padded order."""
+
+    shapes: tuple[tuple[int, int], ...]  # (documents, longest) of every group
+    source: Int[Tensor, " padded"]  # the packed token in every padded place
+    place: Int[Tensor, " n"]  # the padded place of every packed token
+
+    @classmethod
+    def of(cls, bounds: Int[Tensor, " documents+1"], device: torch.device) -> Layout:
+        groups = group_documents(bounds).groups
+        place = torch.empty(int(bounds[-1]), dtype=torch.long)
+        start = 0
+        for group in groups:
+            real = torch.arange(group.source.numel()) if group.real is None else group.real
+            place[group.tokens] = start + real
+            start += group.source.numel()
+        source = torch.cat([group.source.flatten() for group in groups])
+        return cls(tuple(tuple(group.source.shape) for group in groups), source.to(device), place.to(device))
+
+    def pad(self, x: Float[Tensor, "n ..."]) -> list[Float[Tensor, "documents longest ..."]]:
+        """The groups of `x`; only for values whose padding reaches nothing that `unpad` keeps."""
+        sizes = [documents * longest for documents, longest in self.shapes]
+        return [
+            part.unflatten(0, shape)
+            for part, shape in zip(_Pad.apply(x, self.source, self.place).split(sizes), self.shapes, strict=True)
+        ]
+
+    def unpad(self, groups: list[Float[Tensor, "documents longest ..."]]) -> Float[Tensor, "n ..."]:
+        """The packed tokens of padded groups."""
+        flat = [group.flatten(0, 1) for group in groups]
+        return (torch.cat(flat) if len(flat) > 1 else flat[0]).index_select(0, self.place)
+
+
+class _Pad(torch.autograd.Function):
+    """Gathers both ways: nothing that is kept depends on the padding, so its gradient is zero."""
+
+    @staticmethod
+    def forward(ctx, x, source, place):
+        ctx.save_for_backward(place)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (place,) = ctx.saved_tensors
+        return grad.index_select(0, place), None, None
 
 
 def attend(
@@ -24,7 +74,7 @@ def attend(
     value: Float[Tensor, "1 kv_heads n value_width"],
     attention_mask: Tensor | None = None,
     *,
-    documents: Documents,
+    layout: Layout,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -36,23 +86,22 @@ def attend(
     unknown = [name for name in ("s_aux", "position_bias") if unused.get(name) is not None]
     if softcap is not None or unknown:
         raise NotImplementedError(f"packed attention does not compute {', '.join(unknown) or 'softcapping'}")
-    query, key, value = (pad(x[0].transpose(0, 1), documents) for x in (query, key, value))  # [padded, heads, width]
     grouped = query.shape[1] != key.shape[1]
-    outputs, start = [], 0
-    for count, length in documents.groups:
-        end = start + count * length
-        q, k, v = (x[start:end].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (layout.pad(x[0].transpose(0, 1)) for x in (query, key, value))  # [documents, longest, heads, _]
+    outputs = []
+    for q, k, v in zip(query, key, value, strict=True):
+        longest = q.shape[1]
         window = None
-        if sliding_window is not None and sliding_window < length:
-            back = torch.arange(length, device=q.device)
+        if sliding_window is not None and sliding_window < longest:
+            back = torch.arange(longest, device=q.device)
             back = back[:, None] - back[None, :]
             window = (back >= 0) & (back < sliding_window)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=window, is_causal=window is None, scale=scaling, enable_gqa=grouped
         )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-        start = end
-    return unpad(torch.cat(outputs) if len(outputs) > 1 else outputs[0], documents)[None], None
+        outputs.append(out.transpose(1, 2))
+    return layout.unpad(outputs)[None], None
 
 
 AttentionInterface.register(NAME, attend)

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from trainer import packed_attention
 from trainer.batch import Batch
-from trainer.model.documents import Documents, group_documents, pad, unpad
+from trainer.packed_attention import Layout
 from trainer.packing import Sample, pack, to_device
 from trainer.policy import Head, Policy, PolicyOptions
 
@@ -67,33 +67,29 @@ class TransformersPolicy(Policy):
     def hidden(self, batch: Batch) -> Float[Tensor, "n hidden"]:
         if batch.routed_experts is not None:
             raise ValueError("routed_experts is set: routing is replayed in DeepSeek-V3 models only")
-        documents = group_documents(batch.bounds)
-        indices = (documents.source, documents.place, documents.last)
-        documents = Documents(documents.groups, *(index.to(self.device) for index in indices))
-        return self._packed(batch, documents) if self.packed else self._padded(batch, documents)
-
-    def _packed(self, batch: Batch, documents: Documents) -> Float[Tensor, "n hidden"]:
+        layout = Layout.of(batch.bounds, self.device)
+        if not self.packed:
+            return self._padded(batch, layout)
         out = self.module.base_model(
-            input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, documents=documents
+            input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, layout=layout
         )
         return out.last_hidden_state[0]
 
-    def _padded(self, batch: Batch, documents: Documents) -> Float[Tensor, "n hidden"]:
-        tokens, positions = pad(batch.tokens, documents), pad(batch.positions, documents)
-        real = torch.zeros_like(tokens, dtype=torch.bool)
-        real[documents.place] = True
-        hidden, start = [], 0
-        for shape in documents.groups:
-            rows = slice(start, start + shape[0] * shape[1])
+    def _padded(self, batch: Batch, layout: Layout) -> Float[Tensor, "n hidden"]:
+        real = torch.zeros_like(layout.source)
+        real[layout.place] = 1
+        sizes = [documents * longest for documents, longest in layout.shapes]
+        groups = zip(
+            batch.tokens[layout.source].split(sizes), batch.positions[layout.source].split(sizes), real.split(sizes),
+            layout.shapes, strict=True,
+        )  # fmt: skip
+        hidden = []
+        for tokens, positions, mask, shape in groups:
             out = self.module.base_model(
-                input_ids=tokens[rows].view(shape),
-                position_ids=positions[rows].view(shape),
-                attention_mask=real[rows].view(shape).long(),
-                use_cache=False,
+                input_ids=tokens.view(shape), position_ids=positions.view(shape), attention_mask=mask.view(shape), use_cache=False
             )
-            hidden.append(out.last_hidden_state.flatten(0, 1))
-            start = rows.stop
-        return unpad(torch.cat(hidden), documents)
+            hidden.append(out.last_hidden_state)
+        return layout.unpad(hidden)
 
     def head(self) -> Head:
         """With the scales and caps that some architectures put behind it; the probe at loading checks the result."""
