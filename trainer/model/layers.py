@@ -30,8 +30,35 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
+    def forward(self, x: Float[Tensor, "n size"]) -> Float[Tensor, "n size"]:
+        if x.device.type == "cpu":
+            return _RMSNormOnCPU.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class _RMSNormOnCPU(torch.autograd.Function):
+    """F.rms_norm is a chain of single operations on CPU: 8 times slower forward, 10 times backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [n, 1]
+        ctx.save_for_backward(x, weight, inverse_rms)
+        if x.dtype == torch.float32:
+            return torch.mul(x, inverse_rms).mul_(weight)
+        return (x * inverse_rms).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # With r = 1/rms: dx = r · (g w - x r² mean(g w x)), dw = Σ g x r
+        x, weight, inverse_rms = ctx.saved_tensors
+        dtype = x.dtype
+        x, g, w = x.float(), grad.float(), weight.float()
+        product = g * x
+        dw = inverse_rms.flatten() @ product
+        along = (product @ w)[:, None].mul_(inverse_rms.pow(3)).div_(-x.shape[-1])
+        dx = torch.mul(g, w, out=product).mul_(inverse_rms).addcmul_(x, along)
+        return dx.to(dtype), dw.to(weight.dtype), None
 
 
 class SwiGLU(nn.Module):
@@ -47,6 +74,23 @@ class SwiGLU(nn.Module):
 
 
 def swiglu(gate_and_up: Float[Tensor, "n two_wide"]) -> Float[Tensor, "n wide"]:
-    """silu(gate) · up of [gate, up]."""
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    """silu(gate) · up of [gate, up]. Keeps its input only; the rest is computed again in the backward pass."""
+    return _SwiGLU.apply(gate_and_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_and_up):
+        ctx.save_for_backward(gate_and_up)
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gate_and_up,) = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        result = torch.empty_like(gate_and_up)
+        d_gate, d_up = result.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
+        return result

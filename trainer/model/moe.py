@@ -91,41 +91,53 @@ class Experts(nn.Module):
         rows = _Dispatch.apply(x, order, k)
         rows = swiglu(grouped_matmul(rows, self.w13, offsets, self.recipe))
         rows = grouped_matmul(rows, self.w2, offsets, self.recipe)
-        chosen = _Reorder.apply(rows, order).unflatten(0, (-1, k))  # [n, k, hidden]
-        return (chosen * routing.weights[..., None].to(x.dtype)).sum(1)
-
-
-def _inverse(order: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return _Combine.apply(rows, routing.weights.to(x.dtype), order)
 
 
 class _Dispatch(torch.autograd.Function):
-    """Copies every token once per chosen expert, in the order of the experts; gathers (no atomic adds) both ways."""
+    """Copies every token once per chosen expert, in the order of the experts. Gathers both ways: no atomic adds, the
+    same sums in every run."""
 
     @staticmethod
     def forward(ctx, x, order, k):
         ctx.save_for_backward(order)
         ctx.k = k
-        return x[order // k]
+        return x.index_select(0, order // k)
 
     @staticmethod
     def backward(ctx, grad):
         (order,) = ctx.saved_tensors
-        return grad[_inverse(order)].unflatten(0, (-1, ctx.k)).sum(1), None, None
+        place = _inverse(order).view(-1, ctx.k)
+        total = grad.index_select(0, place[:, 0])
+        for choice in place.unbind(1)[1:]:
+            total += grad.index_select(0, choice)
+        return total, None, None
 
 
-class _Reorder(torch.autograd.Function):
-    """Rows in the order of experts back to the order of tokens."""
+class _Combine(torch.autograd.Function):
+    """Every token's sum of weight · row over its chosen experts; rows are in the order of the experts."""
 
     @staticmethod
-    def forward(ctx, rows, order):
-        ctx.save_for_backward(order)
-        return rows[_inverse(order)]
+    def forward(ctx, rows, weights, order):
+        ctx.save_for_backward(rows, weights, order)
+        place = _inverse(order).view_as(weights)
+        total = rows.index_select(0, place[:, 0]).mul_(weights[:, :1])
+        for j in range(1, weights.shape[1]):
+            total.addcmul_(rows.index_select(0, place[:, j]), weights[:, j : j + 1])
+        return total
 
     @staticmethod
     def backward(ctx, grad):
-        (order,) = ctx.saved_tensors
-        return grad[order], None
+        rows, weights, order = ctx.saved_tensors
+        d_rows = grad.index_select(0, order // weights.shape[1])
+        d_weights = torch.empty_like(weights).view(-1)
+        d_weights[order] = (rows * d_rows).sum(-1)
+        d_rows *= weights.reshape(-1)[order, None]
+        return d_rows, d_weights.view_as(weights), None
+
+
+def _inverse(order: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 class MoE(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from trainer.model.config import V3Config
@@ -44,7 +44,7 @@ def rotation(config: V3Config, positions: Int[Tensor, " n"]) -> tuple[Float[Tens
     """Cosine and sine of every pair's angle, float32 whatever the model's dtype, times YaRN's attention factor (1 for
     DeepSeek's own settings, where `mscale` equals `mscale_all_dim`)."""
     angles = positions.float()[:, None] * frequencies(config).to(positions.device)
-    cos, sin = angles.cos(), angles.sin()
+    attention_factor = 1.0
     if yarn := config.rope_scaling:
         factor, mscale, all_dim = yarn["factor"], yarn.get("mscale"), yarn.get("mscale_all_dim")
         attention_factor = yarn.get("attention_factor")
@@ -52,8 +52,12 @@ def rotation(config: V3Config, positions: Int[Tensor, " n"]) -> tuple[Float[Tens
             attention_factor = (
                 _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor, 1)
             )
-        cos, sin = cos * attention_factor, sin * attention_factor
-    return cos, sin
+    return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+def turns(config: V3Config, positions: Int[Tensor, " n"]) -> Complex[Tensor, "n pairs"]:
+    """`rotation` as one complex number a pair: what `apply_rope` multiplies by."""
+    return torch.complex(*rotation(config, positions))
 
 
 def softmax_scale(config: V3Config) -> float:
@@ -65,16 +69,11 @@ def softmax_scale(config: V3Config) -> float:
 
 
 def apply_rope(
-    x: Float[Tensor, "n heads rope"],
-    cos: Float[Tensor, "n pairs"],
-    sin: Float[Tensor, "n pairs"],
-    interleave: bool,
+    x: Float[Tensor, "n heads rope"], turn: Complex[Tensor, "n pairs"], interleave: bool
 ) -> Float[Tensor, "n heads rope"]:
-    """Turns every pair by its angle. `interleave`: a pair is (2i, 2i+1), as in DeepSeek's weights; otherwise
-    (i, i + rope/2). The result keeps the input's layout, as DeepSeek's inference code does."""
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    if interleave:
-        a, b = x[..., 0::2], x[..., 1::2]
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turns every pair by its angle, in float32. `interleave`: a pair is (2i, 2i+1), as in DeepSeek's weights;
+    otherwise (i, i + rope/2). The result keeps the input's layout, as DeepSeek's inference code does."""
+    pairs = x.float().unflatten(-1, (-1, 2) if interleave else (2, -1))
+    pairs = torch.view_as_complex((pairs if interleave else pairs.transpose(-1, -2)).contiguous())
+    turned = torch.view_as_real(pairs * turn[:, None])
+    return (turned if interleave else turned.transpose(-1, -2)).flatten(-2).to(x.dtype)

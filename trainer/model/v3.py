@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from trainer.model.attention import MLA
@@ -15,7 +15,7 @@ from trainer.model.config import V3Config
 from trainer.model.documents import Documents, group_documents
 from trainer.model.layers import Linear, RMSNorm, SwiGLU
 from trainer.model.moe import MoE, Router, Routing, sequence_balance
-from trainer.model.rope import rotation
+from trainer.model.rope import turns
 from trainer.precision.recipe import Recipe, check_recipe
 
 
@@ -44,12 +44,11 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "n hidden"],
-        cos: Float[Tensor, "n pairs"],
-        sin: Float[Tensor, "n pairs"],
+        turn: Complex[Tensor, "n pairs"],
         documents: Documents,
         replay: Int[Tensor, "n k"] | None = None,
     ) -> tuple[Float[Tensor, "n hidden"], Routing | None]:
-        x = x + self.attn(self.attn_norm(x), cos, sin, documents)
+        x = x + self.attn(self.attn_norm(x), turn, documents)
         if isinstance(self.ffn, SwiGLU):
             return x + self.ffn(self.ffn_norm(x)), None
         y, routing = self.ffn(self.ffn_norm(x), replay)
@@ -68,9 +67,9 @@ class MTP(nn.Module):
         self.block = Block(config, dense=False, recipe=recipe)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, embedded, hidden, cos, sin, documents) -> tuple[Float[Tensor, "n hidden"], Routing]:
+    def forward(self, embedded, hidden, turn, documents) -> tuple[Float[Tensor, "n hidden"], Routing]:
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
-        x, routing = self.block(x, cos, sin, documents)
+        x, routing = self.block(x, turn, documents)
         return self.norm(x), routing
 
 
@@ -105,12 +104,12 @@ class V3Model(nn.Module):
         the tokens whose row is not -1. `balance` asks for the sequence-wise balance loss."""
         self._check(tokens, positions, bounds, routed_experts)
         documents = group_documents(bounds)
-        cos, sin = rotation(self.config, positions)
+        turn = turns(self.config, positions)
         x = F.embedding(tokens, self.embed)
         routings: list[Routing] = []
         for layer in self.layers:
             replay = None if routed_experts is None else routed_experts[:, len(routings)]
-            x, routing = self._block(layer, x, cos, sin, documents, replay)
+            x, routing = self._block(layer, x, turn, documents, replay)
             if routing is not None:
                 routings.append(routing)
         return self._output(self.norm(x), routings, bounds, balance)
@@ -127,12 +126,12 @@ class V3Model(nn.Module):
         and mean nothing on a document's last d + 1 tokens. `hidden` is the main model's, after the final norm: what
         vLLM, SGLang and transformers feed the draft (section 2.2, eq. 21-23)."""
         documents = group_documents(bounds)
-        cos, sin = rotation(self.config, positions)
+        turn = turns(self.config, positions)
         outputs = []
         for depth, layer in enumerate(self.mtp_layers, start=1):
             # Past the document's end there is no token: its last stands in, never another document's.
             later = torch.minimum(torch.arange(len(tokens), device=tokens.device) + depth, documents.last)
-            hidden, routing = self._block(layer, F.embedding(tokens[later], self.embed), hidden, cos, sin, documents)
+            hidden, routing = self._block(layer, F.embedding(tokens[later], self.embed), hidden, turn, documents)
             outputs.append(self._output(hidden, [routing], bounds, balance))
         return outputs
 
