@@ -127,5 +127,7 @@ def check_rewards(config: Config) -> None:
             load_reward(spec.fn, spec.params)
         except RewardError as error:
             problems.append(f"  - {error}")
+        except Exception as error:  # importing a reward runs somebody's code
+            problems.append(f"  - {spec.fn}: importing it raised {type(error).__name__}: {error}")
     if problems:
         raise UsageError("\n".join(["rewards that cannot be used:", *problems]))
