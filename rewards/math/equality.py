@@ -8,7 +8,8 @@ from fractions import Fraction
 
 from rewards.math import verify as checker
 from rewards.math.normal import Unreadable, key, measured, normalise, strip_delimiters
-from rewards.math.rational import TooLarge, rational
+from rewards.math.numeric import differ, value
+from rewards.math.rational import rational
 from rewards.math.shape import based, choice, container, guard, split_top, symbols, values_of_chain, words
 
 
@@ -48,7 +49,7 @@ def decide(gold: str, prediction: str, tolerance: float | None = None) -> Decisi
             guard(other)
             if not _same_text(one, other):
                 guard(one)
-            outcome, rule = checker.verify(_for_checker(one), _for_checker(other))
+            outcome, rule = checker.verify(one, other)
             if outcome == "timeout":
                 return Decision(False, rule, one, other, timeout=True)
             equal_ = outcome == "equal"
@@ -75,31 +76,39 @@ def _quick(one: str, other: str, tolerance: float | None) -> tuple[bool | None, 
         return gold_base == base, "number base"
     if re.fullmatch(r"\d{1,2}:\d{2}", one) and re.fullmatch(r"\d{1,2}:\d{2}", other):
         return False, "time of day"
-    gold_value, value = measured(one, any_unit=True), measured(other)
-    if gold_value.unit and value.unit and gold_value.unit != value.unit:
-        return False, f"units {gold_value.unit} and {value.unit}"
-    exact, predicted = rational(gold_value.text), rational(value.text)
+    gold_value, found = measured(one, any_unit=True), measured(other)
+    if gold_value.unit and found.unit and gold_value.unit != found.unit:
+        return False, f"units {gold_value.unit} and {found.unit}"
+    exact, predicted = rational(gold_value.text), rational(found.text)
     if predicted is None and (exact is None or exact.denominator != 1):
-        predicted = _decimal_comma(value.text)
+        predicted = _decimal_comma(found.text)
     if exact is None and predicted is not None:
         exact = _decimal_comma(gold_value.text)
     if exact is not None and predicted is not None:
-        exact, predicted = exact * gold_value.scale, predicted * value.scale
-        if _same_number(exact, gold_value.percent, predicted, value.percent, tolerance):
+        exact, predicted = exact * gold_value.scale, predicted * found.scale
+        if _same_number(exact, gold_value.percent, predicted, found.percent, tolerance):
             return True, "exact rational"
-        return _is_expansion(exact, value.text) or _is_expansion(predicted, gold_value.text), "exact rational"
-    if gold_value.text != one or value.text != other:
-        if key(gold_value.text) == key(value.text) and not gold_value.percent ^ value.percent:
+        return _is_expansion(exact, found.text) or _is_expansion(predicted, gold_value.text), "exact rational"
+    if gold_value.text != one or found.text != other:
+        if key(gold_value.text) == key(found.text) and not gold_value.percent ^ found.percent:
             return True, "same text without units"
     if exact is not None:
-        chain = values_of_chain(value.text)
+        chain = values_of_chain(found.text)
         if chain is not None:
             return _chain(one, chain, tolerance)
-        if symbols(value.text) and not words(value.text) and "=" not in value.text:
+        if symbols(found.text) and not words(found.text) and "=" not in found.text:
             return False, "a number against an expression with variables"
+    gold_chain = values_of_chain(gold_value.text)
+    if gold_chain is not None and len(gold_chain) == 1 and not _RELATION.search(found.text):
+        decision = decide(gold_chain[0], other, tolerance)
+        if not decision.timeout and not decision.rule.startswith("refused"):
+            return decision.equal, decision.rule
+    for compound, simple in ((gold_value.text, found.text), (found.text, gold_value.text)):
+        if _COMPOUND.search(compound) and value(simple) is not None:
+            return False, "a value against a set, a matrix or a relation"
     if words(one) and not symbols(re.sub(r"\\text\{[^{}]*\}", "", one)) and not re.search(r"\d", one):
         return False, "words"
-    return _parts(gold_value.text, value.text, tolerance)
+    return _parts(gold_value.text, found.text, tolerance)
 
 
 def _decimal_comma(text: str) -> Fraction | None:
@@ -131,39 +140,53 @@ def _same_number(gold: Fraction, gold_percent: bool, value: Fraction, percent: b
 
 def _chain(gold: str, values: list[str], tolerance: float | None) -> tuple[bool, str]:
     """`x = a = b`: every value in the chain has to be the gold one."""
-    for value in values:
-        decision = decide(gold, value, tolerance)
+    for stated in values:
+        decision = decide(gold, stated, tolerance)
         if not decision.equal:
             return False, f"chain: {decision.rule}"
     return True, "every value of the chain"
 
 
+_RELATION = re.compile(r"[=<>]|\\(?:le|ge|ne|approx|in)(?![a-zA-Z])")
+_COMPOUND = re.compile(r"\\(?:cup|cap|setminus|begin|le|ge|ne)(?![a-zA-Z])|[<>]")
+_NO_CONTAINER = re.compile(r"\\pm|\\mp|\\cup|\\cap|\\setminus|\\begin|\\in(?![a-zA-Z])|\\le|\\ge|\\ne|[<>=:|]|\\text|\\ldots")
+
+
 def _parts(one: str, other: str, tolerance: float | None) -> tuple[bool | None, str]:
-    """Containers whose parts are all rational, compared part by part; None for everything else."""
+    """Values and containers of values that can be told apart, or are exactly equal, part by part; None for the rest."""
+    if _NO_CONTAINER.search(one) or _NO_CONTAINER.search(other):
+        return None, ""
     gold, prediction = container(one), container(other)
-    if len(gold.parts) < 2 and not gold.left:
-        return None, ""
     if len(gold.parts) != len(prediction.parts):
-        return None, ""
-    ours, theirs = ([_exact_part(p) for p in c.parts] for c in (gold, prediction))
-    if gold.left != prediction.left or gold.right != prediction.right:
-        if gold.left and prediction.left:
+        return False, f"{len(prediction.parts)} values where the gold has {len(gold.parts)}"
+    if (gold.left, gold.right) != (prediction.left, prediction.right):
+        if gold.left and prediction.left or len(gold.parts) < 2:
             return False, f"brackets {gold.left}{gold.right} and {prediction.left}{prediction.right}"
+    ordered = {gold.left, prediction.left} & {"(", "["}
+    ours, theirs = ([_exact_part(p) for p in c.parts] for c in (gold, prediction))
+    if all(p is not None for p in ours + theirs):
+        if not ordered:
+            ours, theirs = sorted(ours), sorted(theirs)
+        same = all(_same_number(a, False, b, False, tolerance) for a, b in zip(ours, theirs))
+        return same, "exact rational, part by part"
+    if tolerance is not None:
         return None, ""
-    if any(p is None for p in ours + theirs):
-        return None, ""
-    if not gold.left or gold.left == "\\{":
-        ours, theirs = sorted(ours), sorted(theirs)
-    pairs = zip(ours, theirs)
-    return all(_same_number(a, False, b, False, tolerance) for a, b in pairs), "exact rational, part by part"
+    ours, theirs = ([_value(p) for p in c.parts] for c in (gold, prediction))
+    if ordered or len(ours) == 1:
+        apart = any(differ(a, b) for a, b in zip(ours, theirs))
+    else:
+        apart = all(v is not None for v in theirs) and any(
+            a is not None and all(differ(a, b) for b in theirs) for a in ours
+        )
+    return (False, "different at test points") if apart else (None, "")
 
 
 def _exact_part(text: str) -> Fraction | None:
     return rational(measured(text).text) if not measured(text).percent else None
 
 
-def _for_checker(text: str) -> str:
-    return text
+def _value(text: str) -> complex | None:
+    return None if measured(text).percent else value(measured(text).text)
 
 
 def _prose(gold: str, prediction: str) -> Decision:
