@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import json
-import logging
 import os
 import re
 import time
@@ -26,44 +25,53 @@ from rewards.sandbox import Limits, Run, Sandbox, SandboxError, values
 from rewards.sandbox.compare import same_output, same_value
 from rewards.score import Score, Verdict
 
-_log = logging.getLogger(__name__)
 Credit = Literal["all", "share"]
 
-_FENCE = re.compile(r"^[ \t]{0,3}(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*$", re.MULTILINE)
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^`]*$")
 _PYTHON = {"", "python", "python3", "py", "py3"}
-_END_OF_TEXT = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "</s>", "<｜end▁of▁sentence｜>")
+_END_OF_TEXT = re.compile(
+    r"<\|(?:endoftext|im_end|im_start|eot_id|end_of_text|start_header_id|end|user|system)\|>|</s>|<eos>|<end_of_turn>"
+    r"|<start_of_turn>|<｜(?:end▁of▁sentence|begin▁of▁sentence|User)｜>"
+)
+_OTHER_SPEAKER = re.compile(r"(?:#{1,6} *)?(?:user|human|question|problem|instruction) *(?::|$)", re.IGNORECASE)
 
 
 # -- what to run ---------------------------------------------------------------------------------------------------
 
 
 def extract_code(completion: str, language: str = "python") -> str | None:
-    """The code that a completion answers with, or None: after end of sequence is cut off and the last `</think>` left
-    behind, inside `<answer>` where there is one, the last closed fence of this language. Without a fence after
-    `</think>` there is no answer; an unclosed `<think>` or fence is none either."""
+    """The code that a completion answers with, or None.
+
+    The completion is cut at an end-of-sequence token; what counts is after the last `</think>`, inside `<answer>` when
+    there is one (exactly one), before the model writes another speaker's turn: there, the last closed fence of this
+    language. Reasoning or a fence that is still open, or no fence: no answer.
+    """
     _check_language(language)
-    for mark in _END_OF_TEXT:
-        completion = completion.split(mark, 1)[0]
-    if "</think>" in completion:
-        completion = completion.rsplit("</think>", 1)[1]
-    if "<think>" in completion:
+    text = _END_OF_TEXT.split(completion, maxsplit=1)[0]
+    part = text.rpartition("</think>")[2]
+    if "<think>" in part:
         return None
-    if "<answer>" in completion:
-        inside = completion.rsplit("<answer>", 1)[1]
-        if "</answer>" not in inside:
+    opens, closes = part.count("<answer>"), part.count("</answer>")
+    if opens or closes:
+        start, stop = part.find("<answer>"), part.find("</answer>")
+        if (opens, closes) != (1, 1) or stop < start:
             return None
-        completion = inside.split("</answer>", 1)[0]
-    blocks, opened = [], None
-    for match in _FENCE.finditer(completion):
-        if opened is None:
-            opened = match
-        elif match[1][0] == opened[1][0] and len(match[1]) >= len(opened[1]) and not match[2]:
-            blocks.append((opened[2].lower(), completion[opened.end() + 1 : match.start()]))
-            opened = None
-    if opened is not None:
-        return None
-    codes = [code for name, code in blocks if name in _PYTHON]
-    return codes[-1] if codes else None
+        part = part[start + len("<answer>") : stop]
+    codes, fence, lines = [], None, []
+    for line in part.split("\n"):
+        match = _FENCE.match(line)
+        if fence is None:
+            if match:
+                fence, lines = match, []
+            elif codes and _OTHER_SPEAKER.match(line.strip()):
+                break
+        elif match and match[1][0] == fence[1][0] and len(match[1]) >= len(fence[1]) and not match[2]:
+            if fence[2].lower() in _PYTHON:
+                codes.append("\n".join(lines) + "\n")
+            fence = None
+        else:
+            lines.append(line)
+    return codes[-1] if codes and fence is None else None
 
 
 def _check_language(language: str) -> None:
@@ -193,7 +201,7 @@ def _check_calls(
 
 def _judge_answer(frame: dict, expected: object, tolerance: float | None, lists: bool) -> Outcome:
     if "value" not in frame:
-        return Outcome("wrong", f"raised {str(frame.get('raised'))[:300]}")
+        return Outcome("wrong", f"raised {_raised(frame)}")
     try:
         actual = values.decode(frame["value"])
     except values.BadValue as error:
@@ -201,6 +209,11 @@ def _judge_answer(frame: dict, expected: object, tolerance: float | None, lists:
     if same_value(expected, actual, tolerance, lists):
         return Outcome("correct")
     return Outcome("wrong", "another value")
+
+
+def _raised(frame: dict) -> str:
+    raised = frame.get("raised")
+    return f"{values.text_of(raised, 'type')}: {values.text_of(raised, 'message')}"
 
 
 def _unanswered(run: Run, missing: int) -> list[Outcome]:
@@ -227,7 +240,7 @@ def _check_programs(
     if run.end == "timeout":
         return [Outcome("timeout", "did not end in time")]
     if run.end != "finished" or run.exit_code != 0:
-        raised = next((str(frame["raised"])[:300] for frame in run.frames if "raised" in frame), None)
+        raised = next((f"raised {_raised(frame)}" for frame in run.frames if "raised" in frame), None)
         return [Outcome("wrong", raised or _ending(run))]
     if same_output(tests.expected[first], run.output.decode("utf-8", "replace"), tolerance):
         return [Outcome("correct")]
@@ -296,7 +309,7 @@ def code_reward(
     share of tests passed.
 
     `timeout_s` is wall time a test, `total_s` of all tests. Verdicts: `unparsed` without a code block, `timeout` when
-    the first failure is one, `error` (value NaN, reason logged) when the sandbox failed. Metrics: `passed_share`,
+    the first failure is one, `error` (value NaN, reason in `detail`) when the sandbox failed. Metrics: `passed_share`,
     `tests_run`. Raises `ValueError` for tests or options that make no sense.
     """
     if credit not in ("all", "share"):
@@ -305,12 +318,11 @@ def code_reward(
     limits = Limits(timeout_s=timeout_s, total_s=total_s, memory_bytes=memory_mb << 20)
     code = extract_code(completion, language)
     if code is None:
-        return Score(0.0, "unparsed", {"passed_share": 0.0})
+        return Score(0.0, "unparsed", {"passed_share": 0.0}, "no closed code block where the answer belongs")
     try:
         outcomes = check(_sandbox(isolation), code, parsed, limits=limits, credit=credit, tolerance=float_tolerance)
     except SandboxError as error:
-        _log.error("code_reward could not check a completion: %s", error)
-        return Score(float("nan"), "error")
+        return Score.error(f"the sandbox could not check a completion: {error}")
     return score(outcomes, parsed, credit)
 
 
@@ -319,7 +331,8 @@ def score(outcomes: list[Outcome], tests: Tests, credit: Credit) -> Score:
     count = len(tests.tests if isinstance(tests, AssertTests) else tests.inputs)
     passed = sum(outcome.verdict == "correct" for outcome in outcomes)
     share = passed / count
-    failure = next((outcome.verdict for outcome in outcomes if outcome.verdict != "correct"), None)
-    verdict: Verdict = "correct" if passed == count else failure or "wrong"
-    value = share if credit == "share" else float(passed == count)
-    return Score(value, verdict, {"passed_share": share, "tests_run": float(len(outcomes))})
+    failed = next(((i, outcome) for i, outcome in enumerate(outcomes) if outcome.verdict != "correct"), None)
+    verdict: Verdict = "correct" if failed is None else failed[1].verdict
+    value = share if credit == "share" else float(failed is None)
+    detail = f"{passed} of {count} tests passed" + (f"; test {failed[0]}: {failed[1].why}" if failed else "")
+    return Score(value, verdict, {"passed_share": share, "tests_run": float(len(outcomes))}, detail)

@@ -151,7 +151,7 @@ class Sandbox:
                 candidate = self._start(serve, limits, expected=1, peer=ours)
                 tester = self._start(test, limits, expected=len(tests) - first, peer=theirs, tester=True)
             run = self._run([tester, candidate], limits)
-            if run.end in ("finished", "died") and len(tester.frames) < len(tests) - first:
+            if not tester.killed and len(tester.frames) < len(tests) - first:
                 if not any("broken" in f or f.get("passed") is False for f in tester.frames):
                     raise SandboxError(f"the tester ended without a verdict (exit code {tester.status})")
             return dataclasses.replace(run, load=_load_error(candidate))
@@ -253,8 +253,8 @@ class Sandbox:
 
 def _load_error(job: Job) -> str | None:
     for frame in job.frames:
-        if type(frame.get("load")) is dict:
-            return f"{frame['load'].get('type')}: {frame['load'].get('message')}"[:400]
+        if "load" in frame:
+            return f"{values.text_of(frame['load'], 'type')}: {values.text_of(frame['load'], 'message')}"
     return None
 
 

@@ -52,7 +52,7 @@ class _Link:
             values.write_frame(PEER, [operation, target, data])
             answer = values.read_frame(PEER, self.max_bytes)
             if type(answer) is dict and type(answer.get("raised")) is dict:
-                name, message = str(answer["raised"].get("type")), str(answer["raised"].get("message"))
+                name, message = (values.text_of(answer["raised"], key) for key in ("type", "message"))
                 raise _RAISABLE.get(name, CandidateError)(message)
             if type(answer) is not dict or "value" not in answer:
                 raise values.BadValue("an answer that is neither a value nor an error")
@@ -212,6 +212,7 @@ def run(task: dict) -> int:
         values.write_frame(PARENT, {"test": task["first"], "broken": f"{type(error).__name__}: {error}"})
         return 0
     prepared = False
+    reserve = bytearray(8 << 20)  # given up when memory runs out, so that a verdict can still be written
     for number, program in enumerate(programs, task["first"]):
         link.test = number
         try:
@@ -221,7 +222,8 @@ def run(task: dict) -> int:
             exec(program, namespace)
             verdict = {"passed": True}
         except BaseException as error:  # noqa: BLE001 - any way for a test not to end normally is a failure
-            verdict = {"passed": False, "why": _why(error)}
+            reserve.clear()
+            verdict = {"passed": False, "why": _why(error.with_traceback(None))}
         if link.calls == 0:  # nothing that the candidate did can be the reason
             verdict = {"broken": f"the test ended without calling the candidate: {verdict.get('why', 'it passed')}"}
         values.write_frame(PARENT, {"test": number, **verdict})

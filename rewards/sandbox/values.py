@@ -75,7 +75,7 @@ def encode(value: object, opaque: Opaque | None = None, by_value: bool = False, 
     if kind is datetime.timedelta:
         return ["td", value.days, value.seconds, value.microseconds]
     if kind is type and _TYPES.get(value.__name__) is value:
-        return ["T", value.__name__]
+        return ["ty", value.__name__]
     if by_value:
         for base in (bool, int, float, str, OrderedDict, dict, list, tuple, frozenset, set, bytes):
             if isinstance(value, base):
@@ -163,19 +163,28 @@ def _decode_scalar(tag: str, body: list, resolve: Resolve | None) -> object:
         return range(*[decode(part) for part in body])
     if tag == "td":
         return datetime.timedelta(*body[:3])
-    if tag == "T":
+    if tag == "ty":
         return _TYPES[body[0]]
     if tag == "fr":
         if len(body[0]) > 4000 or any(letter in body[0] for letter in "eE._"):
             raise BadValue("not a fraction as Python prints it")
         return Fraction(body[0])
     if tag == "dc":
-        return Decimal(body[0])
+        number = Decimal(body[0])
+        if number.is_snan():  # comparing one raises
+            raise BadValue("a signalling NaN")
+        return number
     if tag in _ISO:
         return _ISO[tag](body[0])
     if tag == "o" and resolve is not None and type(body[0]) is int:
         return resolve(body[0])
     raise BadValue(f"unknown tag {tag[:8]!r}")
+
+
+def text_of(claim: object, key: str, max_characters: int = 300) -> str:
+    """The text under `key` of what should be a mapping; empty for anything else (even printing it could go wrong)."""
+    found = claim.get(key) if type(claim) is dict else None
+    return found[:max_characters] if type(found) is str else ""
 
 
 def dumps(message: object) -> bytes:
