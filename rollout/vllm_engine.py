@@ -81,7 +81,7 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class Manifest:
+class ExpectedWeights:
     """What a complete update holds: the names and shapes of the model's checkpoint. Layers past the last one (the
     multi-token-prediction head) may stay away: the engine does not run them."""
 
@@ -122,6 +122,8 @@ def _reload(worker: Any, source: Iterator[tuple[str, Tensor]] | str) -> None:
     """Installs new weights from an iterator, or from a folder of safetensors files that every worker reads."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
     runner = worker.model_runner
     model = runner.get_model()
     if runner.device.type == "cpu":
@@ -137,6 +139,11 @@ def _reload(worker: Any, source: Iterator[tuple[str, Tensor]] | str) -> None:
         # Leaves the half-loaded state, in which the next reload would add to this one's counts.
         finalize_layerwise_reload(model, runner.model_config)
         raise
+    if runner.device.type == "cpu" and getattr(runner.model_config.hf_config, "tie_word_embeddings", False):
+        # No tensor of its own arrives for a tied head, so vLLM leaves it with its repacked copy of the old embedding.
+        for module in model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
 
 
 def _read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -209,10 +216,12 @@ class VLLMEngine:
         if taken := sorted(OWN_ARGUMENTS & arguments.keys()):
             raise ValueError(f"engine_args sets {', '.join(taken)}: the engine sets these itself from its own options")
         self.on_cpu = current_platform.is_cpu()
+        if return_routed_experts and self.on_cpu:
+            raise ValueError("vLLM's CPU build cannot return routed experts; leave return_routed_experts off there")
         self.version = version
         self.sleep_level = sleep_level
         self.max_context = _context_limit(folder, max_context)
-        self.manifest = Manifest(folder)
+        self._expected = ExpectedWeights(folder)
         self.has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
         arguments |= dict(
             model=str(folder),
@@ -384,7 +393,7 @@ class VLLMEngine:
             running.segments.append((self.version, written - sum(n for _, n in running.segments)))
         self._unusable = f"the update to version {version} did not finish"
         try:
-            self._install(self.manifest.checked(weights))
+            self._install(self._expected.checked(weights))
         except BaseException as error:
             self._unusable = (
                 f"the update to version {version} failed and may have left weights of two versions ({error}); "
