@@ -145,11 +145,13 @@ def _show_plan(config, resolved: bool) -> None:
     if found is not None and (why := shortage(config, found)):
         raise UsageError(why)
     if resolved:
+        import ray
+
         cluster.connect(config.cluster.address)
         try:
             cluster.check_resources(placement)
         finally:
-            cluster.disconnect()
+            ray.shutdown()
         typer.echo("cluster    can hold the run")
 
 

@@ -138,7 +138,8 @@ class _Wandb:
 
     def __init__(self, module: str, run_dir: Path, config: dict[str, Any] | None):
         self._module = importlib.import_module(module)
-        self._module.init(project="rlzero", name=run_dir.name, config=config)
+        inside = {"dir": str(run_dir)} if module == "wandb" else {}  # else it writes beside the caller's files
+        self._module.init(project="rlzero", name=run_dir.name, config=config, **inside)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._module.log(values, step=step)
