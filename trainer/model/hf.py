@@ -16,10 +16,10 @@ from trainer.model.config import V3Config
 from trainer.model.layers import SwiGLU
 from trainer.model.moe import MoE
 from trainer.model.v3 import Block, V3Model
+from trainer.precision.quantize import FLOAT8, Quantized
 from trainer.precision.recipe import Recipe
 
 SHARD_BYTES = 4 * 1024**3
-FP8_BLOCK = 128  # DeepSeek's released weights: one float32 scale (`*_scale_inv`) per 128x128 block
 
 
 def named_checkpoint_tensors(model: V3Model, mtp: bool = True) -> Iterator[tuple[str, Tensor]]:
@@ -191,16 +191,9 @@ class FolderReader:
             if name.endswith("_scale_inv"):
                 continue
             tensor = handle.get_tensor(name)
-            if tensor.dtype == torch.float8_e4m3fn:
+            if tensor.dtype == FLOAT8:  # DeepSeek's released weights
                 scale_name = f"{name}_scale_inv"
                 if scale_name not in self.where:
                     raise ValueError(f"{name} is FP8 without {scale_name}: expected one scale per 128x128 block")
-                tensor = dequantize_blocks(tensor, self.where[scale_name].get_tensor(scale_name))
+                tensor = Quantized(tensor, self.where[scale_name].get_tensor(scale_name)).dequantize()
             yield name, tensor
-
-
-def dequantize_blocks(w: Tensor, scale_inv: Tensor) -> Tensor:
-    """FP8 weight [outer, inner] times its scale per 128x128 block, float32."""
-    rows, columns = w.shape
-    scale = scale_inv.float().repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
-    return w.float() * scale

@@ -1,4 +1,8 @@
-"""The seam of precision: every heavy product of the model goes through these two functions."""
+"""The seam of precision: every heavy product of the model goes through these two functions.
+
+Embedding, head, router, norms and the attention itself stay outside, as in DeepSeek-V3 (technical report, section
+3.3.1): they run in the weights' dtype, router and norms in float32.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,34 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trainer.precision import emulated
+
 Recipe = Literal["bf16", "fp8", "fp8_emulated"]
 
 
 def check_recipe(recipe: str) -> None:
+    """Raises ValueError for an unknown recipe, RuntimeError for one that this installation cannot compute."""
     if recipe not in get_args(Recipe):
         raise ValueError(f"found recipe {recipe!r}, expected one of {', '.join(get_args(Recipe))}")
+    if recipe == "fp8":
+        found = "no CUDA device"
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            found = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+        raise RuntimeError(
+            f"recipe 'fp8' needs a Hopper GPU and fast kernels, which this release does not have yet; found {found}. "
+            "Use 'bf16', or 'fp8_emulated' for the same rounding in float32 arithmetic (slow)"
+        )
 
 
 def matmul(x: Float[Tensor, "*n inner"], w: Float[Tensor, "outer inner"], recipe: Recipe) -> Float[Tensor, "*n outer"]:
     """x wᵀ. `bf16` computes in the operands' own dtype (float32 weights: a float32 product)."""
     if recipe == "bf16":
         return F.linear(x, w)
-    raise NotImplementedError(f"recipe {recipe} is not built yet: use 'bf16'")
+    if recipe == "fp8_emulated":
+        return emulated.matmul(x.flatten(0, -2), w).unflatten(0, x.shape[:-1])
+    check_recipe(recipe)
+    raise AssertionError(recipe)
 
 
 def grouped_matmul(
@@ -31,7 +50,10 @@ def grouped_matmul(
     recipe: Recipe,
 ) -> Float[Tensor, "rows outer"]:
     """Row r times the transposed weight of the expert whose rows end after r: expert e owns the rows
-    [offsets[e - 1], offsets[e])."""
+    [offsets[e - 1], offsets[e]); offsets are int32."""
     if recipe == "bf16":
         return torch._grouped_mm(x, w.transpose(1, 2), offs=offsets)
-    raise NotImplementedError(f"recipe {recipe} is not built yet: use 'bf16'")
+    if recipe == "fp8_emulated":
+        return emulated.grouped_matmul(x, w, offsets)
+    check_recipe(recipe)
+    raise AssertionError(recipe)

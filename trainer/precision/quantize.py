@@ -1,0 +1,62 @@
+"""Float8 with fine-grained scales (DeepSeek-V3 technical report, section 3.3.2): activations in tiles of 1x128,
+weights in blocks of 128x128, E4M3, one float32 scale each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+TILE = 128
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max  # 448
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """`values` are E4M3; a value stands for values · its scale. `scales` is [rows, ⌈columns/128⌉] for tiles along a
+    row, [⌈rows/128⌉, ⌈columns/128⌉] for blocks."""
+
+    values: Float[Tensor, "rows columns"]
+    scales: Float[Tensor, "tile_rows tile_columns"]
+
+    def dequantize(self) -> Float[Tensor, "rows columns"]:
+        """float32."""
+        rows, columns = self.values.shape
+        scales = self.scales.float().repeat_interleave(TILE, 1)[:, :columns]
+        if len(self.scales) != rows:  # blocks
+            scales = scales.repeat_interleave(TILE, 0)[:rows]
+        return self.values.float() * scales
+
+
+def quantize_tiles(x: Float[Tensor, "rows columns"]) -> Quantized:
+    """Tiles of 1x128 along the rows; the last of a row may be shorter. The largest magnitude of a tile becomes 448."""
+    columns = x.shape[1]
+    tiles = F.pad(x.float(), (0, -columns % TILE)).unflatten(1, (-1, TILE))
+    scales = _scales(tiles.abs().amax(-1))
+    values = (tiles / scales[..., None]).flatten(1)[:, :columns]
+    return Quantized(_round(values), scales)
+
+
+def quantize_blocks(w: Float[Tensor, "rows columns"]) -> Quantized:
+    """Blocks of 128x128; those at the lower and right edge may be smaller."""
+    rows, columns = w.shape
+    padded = F.pad(w.float(), (0, -columns % TILE, 0, -rows % TILE))
+    blocks = padded.view(padded.shape[0] // TILE, TILE, padded.shape[1] // TILE, TILE)
+    scales = _scales(blocks.abs().amax((1, 3)))
+    values = (blocks / scales[:, None, :, None]).view(padded.shape)[:rows, :columns]
+    return Quantized(_round(values), scales)
+
+
+def _scales(largest: Tensor) -> Tensor:
+    # An empty tile keeps scale 1: 0/0 would be NaN. Below the least normal float32 a scale would lose its digits.
+    scales = largest / LARGEST
+    return torch.where(scales < torch.finfo(torch.float32).tiny, torch.ones_like(scales), scales)
+
+
+def _round(values: Tensor) -> Tensor:
+    # Division may give 448.00003, and casts to E4M3 differ in what they make of values out of range.
+    return values.clamp(-LARGEST, LARGEST).to(FLOAT8)
