@@ -37,7 +37,7 @@ def same_value(expected: object, actual: object, tolerance: float | None = None,
         return all(same_value(value, actual[key], tolerance, lists) for key, value in expected.items())
     if kind in (set, frozenset):
         return len(expected) == len(actual) and _same_members(expected, actual)
-    return expected == actual
+    return expected == actual or (expected != expected and actual != actual)  # NaN of Decimal
 
 
 def _same_members(expected: Iterable, actual: Iterable) -> bool:

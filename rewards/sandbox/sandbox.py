@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,10 @@ from .exchange import START_S, Control, End, Job, SandboxError, exchange, killed
 from .walls import Limits, MissingWall
 
 Isolation = Literal["namespaces", "bubblewrap"]
+_ENVIRONMENT = {  # nothing of ours, and strings hash alike in every run
+    "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,46 +54,54 @@ class Sandbox:
         self, limits: Limits | None = None, *, isolation: Isolation = "namespaces", preload: tuple[str, ...] = ()
     ) -> None:
         self.limits = limits or Limits()
+        self.closed = True
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._jobs = 0
-        self._devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        self._errors = tempfile.TemporaryFile()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        owner = os.pidfd_open(os.getpid())
-        config = {
-            "control": theirs.fileno(), "owner": owner, "preload": list(preload),
-            "namespaces": isolation == "namespaces",
-        }  # fmt: skip
-        prefix = _prefix(isolation)
-        zygote = str(Path(__file__).with_name("zygote.py"))
-        command = [*prefix, sys.executable, "-s", "-P", "-B", zygote, json.dumps(config)]
-        environment = {
-            "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }  # fmt: skip
-        self._control = Control(ours, self._why_dead)
+        self._resources = contextlib.ExitStack()
         try:
-            self._process = subprocess.Popen(
-                command, stdin=self._devnull, stdout=self._devnull, stderr=self._errors, cwd="/", env=environment,
-                pass_fds=(theirs.fileno(), owner), start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            raise SandboxError(f"cannot start the zygote: {error}") from error
-        finally:
-            theirs.close()
-            os.close(owner)
-        self.closed = False
-        try:
+            self._start_zygote(isolation, preload)
+            self.closed = False
             hello = self._control.read(START_S)
             if hello is None:
                 raise SandboxError(f"the zygote did not start within {START_S:.0f} s")
             if "missing" in hello:
                 raise SandboxError(str(MissingWall(hello["missing"], hello["why"])))
             self._run([self._start({}, self.limits, expected=0, probe=True)], self.limits)
+        except OSError as error:
+            self.close()
+            raise SandboxError(f"cannot start the sandbox: {error}") from error
         except BaseException:
             self.close()
             raise
+
+    def _start_zygote(self, isolation: Isolation, preload: tuple[str, ...]) -> None:
+        prefix = _prefix(isolation)
+        keep = self._resources
+        self._devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        keep.callback(os.close, self._devnull)
+        self._errors = keep.enter_context(open(os.memfd_create("errors", os.MFD_CLOEXEC), "w+b", buffering=0))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control = Control(keep.enter_context(ours), self._why_dead)
+        with theirs, contextlib.ExitStack() as passed:
+            owner = os.pidfd_open(os.getpid())
+            passed.callback(os.close, owner)
+            config = {
+                "control": theirs.fileno(), "owner": owner, "preload": list(preload),
+                "namespaces": isolation == "namespaces",
+            }  # fmt: skip
+            zygote = str(Path(__file__).with_name("zygote.py"))
+            self._process = subprocess.Popen(
+                [*prefix, sys.executable, "-s", "-P", "-B", zygote, json.dumps(config)],
+                stdin=self._devnull, stdout=self._devnull, stderr=self._errors, cwd="/", env=_ENVIRONMENT,
+                pass_fds=(theirs.fileno(), owner), start_new_session=True,
+            )  # fmt: skip
+            keep.callback(self._end_zygote)
+
+    def _end_zygote(self) -> None:
+        if os.getpid() == self._owner:
+            self._process.kill()
+            self._process.wait()
 
     # -- what a checker calls ------------------------------------------------------------------------------------
 
@@ -158,15 +169,8 @@ class Sandbox:
 
     def close(self) -> None:
         """Ends the zygote and everything in it."""
-        if self.closed:
-            return
         self.closed = True
-        self._control.line.close()
-        os.close(self._devnull)
-        self._errors.close()
-        if os.getpid() == self._owner:
-            self._process.kill()
-            self._process.wait()
+        self._resources.close()
 
     def __enter__(self) -> Sandbox:
         return self
