@@ -18,7 +18,7 @@ from rlzero.groups import Group, grade, to_samples
 from rlzero.run import Interrupted, Run, checkpoints
 from rlzero.runlog import FILES, RunLog
 from rollout.engine import Sampling
-from rollout.worker import build_engine, choose_engine
+from rollout.worker import choose_engine, make_engine
 from trainer import checkpoint
 from trainer.worker import Trainer
 
@@ -106,7 +106,7 @@ def evaluate(config: Config, output: Path | None) -> dict[str, float]:
     sampling = Sampling(rollout.max_tokens, options.temperature, options.top_p, stop=rollout.stop, seed=config.seed)
     kind, reason = choose_engine(rollout.engine)
     logger.info("engine: %s (%s)", kind, reason)
-    engine = build_engine(kind, str(config.policy.path), {"dtype": config.policy.dtype, **rollout.engine_args})
+    engine = make_engine(kind, str(config.policy.path), {"dtype": config.policy.dtype, **rollout.engine_args})
     try:
         with RewardRunner(
             config.rewards, workers=config.reward_workers, max_error_share=config.max_reward_error_rate
