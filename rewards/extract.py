@@ -18,6 +18,10 @@ _TURN = re.compile(
     r"|^#{1,6}[ \t]*(?:user|human|assistant|system|instruction|problem|question)\b", re.I | re.M
 )
 
+# Spellings that a lenient reader would take for the tag, so that what is in them is not clearly the answer.
+_LOOSE_THINK = re.compile(r"<\s*[/\\]?\s*think(?:ing)?\b[^<>]{0,64}>", re.I)
+_LOOSE_ANSWER = re.compile(r"<\s*[/\\]?\s*answer\b[^<>]{0,64}>", re.I)
+
 AnswerTag = Literal["auto", "required", "never"]
 
 
@@ -51,8 +55,10 @@ def final_part(completion: str, answer_tag: AnswerTag = "auto", require_think: b
     if last_close < 0 and (require_think or "<think>" in text):
         return Final(None, "the reasoning is not closed: no </think>")
     part = text[last_close + len("</think>") :] if last_close >= 0 else text
-    if "<think>" in part:
-        return Final(None, "the reasoning is opened again after the last </think>")
+    if _LOOSE_THINK.search(part):
+        return Final(None, "a think tag after the last </think>")
+    if len(_LOOSE_ANSWER.findall(part)) != part.count("<answer>") + part.count("</answer>"):
+        return Final(None, "an answer tag in another spelling")
     opens, closes = part.count("<answer>"), part.count("</answer>")
     if answer_tag == "never" or (answer_tag == "auto" and opens == closes == 0):
         return Final(part, "after </think>" if last_close >= 0 else "the whole completion")

@@ -9,6 +9,7 @@ short is dropped; requests, which only the caller writes, are pickled.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -185,7 +186,8 @@ def keep() -> None:
         module, _, factory = target.partition(":")
         handler = getattr(importlib.import_module(module), factory)(*arguments)
     except Exception:
-        _reply(reply, {"failed": traceback.format_exc()})
+        with contextlib.suppress(BrokenPipeError):
+            _reply(reply, {"failed": traceback.format_exc()})
         raise SystemExit(1) from None
     ended: int | None = None
     while True:
@@ -203,14 +205,17 @@ def keep() -> None:
 
 
 def _serve(request: int, reply: int, handler: Handler, ended: int | None) -> int:
-    _reply(reply, {"ready": os.getpid(), "ended": ended, "about": getattr(handler, "about", None)})
-    while (message := _read_frame(request)) is not None:
-        _reply(reply, {"started": True, "cpu_s": time.process_time()})
-        for answer in handler(message):
-            _reply(reply, answer)
-            if answer.get("replace"):
-                sys.stderr.flush()
-                return _FINISHED
+    try:
+        _reply(reply, {"ready": os.getpid(), "ended": ended, "about": getattr(handler, "about", None)})
+        while (message := _read_frame(request)) is not None:
+            _reply(reply, {"started": True, "cpu_s": time.process_time()})
+            for answer in handler(message):
+                _reply(reply, answer)
+                if answer.get("replace"):
+                    sys.stderr.flush()
+                    return _FINISHED
+    except BrokenPipeError:
+        return _CLOSED  # the caller has gone
     return _CLOSED
 
 

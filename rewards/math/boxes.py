@@ -24,7 +24,7 @@ _BOX = re.compile(r"(?<!\\)\\f?boxed\b\s*")
 _STRUCK = re.compile(r"(?:\\(?:x|b)?cancel|\\sout|\\st|\\[hv]?phantom|\\text(?:color)?\{white\}|\\color\{white\})\s*\{[^{}]*$|~~[^~\n]*$")
 _DENIED = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|isnt)|n['’]t|\b(?:rather than|instead of|other than|except|unlike|excluding|different from|"
-    r"wrong|incorrect|false)|\\neq?\b|≠|!=)[\s$:*\\(\[,=]*(?:(?:be|equal(?:s|ly)?|to|simply|just|the|answer|is|necessarily|actually|a|an)\b[\s$:*\\(\[,=]*){0,4}$",
+    r"wrong|incorrect|false|suppose|assume|if|whether)|\\neq?\b|≠|!=)[\s$:*\\(\[,=]*(?:(?:be|equal(?:s|ly)?|to|simply|just|the|answer|is|necessarily|actually|a|an)\b[\s$:*\\(\[,=]*){0,4}$",
     re.I,
 )
 _RETRACTED = re.compile(
@@ -32,11 +32,14 @@ _RETRACTED = re.compile(
     r"disregard|retract|let me (?:re|double|correct|fix|try)|should (?:instead )?be|should have been|"
     r"(?:is|was|are|seems?|looks?|would be) (?:not (?:correct|right|the (?:right |correct |final )?answer)|wrong|incorrect|false|invalid|a mistake)|"
     r"isn['’]?t (?:correct|right|the (?:answer|right|correct))|(?:this|that|it)(?: is|['’]s) not|not the (?:final |right |correct )?answer|"
-    r"but (?:the|my) (?:correct|real|actual|true|final) |(?:real|actual|true|correct|final|right) (?:answer|value|result)(?: is|:)|"
+    r"but (?:that|this|it)\b|but (?:the|my) (?:correct|real|actual|true|final) |(?:real|actual|true|correct|final|right) (?:answer|value|result)(?: is|:)|"
     r"(?:or|alternatively|otherwise|maybe|perhaps|possibly)\b[^.\n]{0,20}\d|changed? my mind|ignore (?:this|that|the)|sorry)",
     re.I,
 )
-_RESTATED = re.compile(r"(?:answer|result|value|total)\s*(?:is|:|=)+\s*\**\s*[$\\(]*\s*(-?[\d.,]*\d)(?![\d.,]*\d)(?!\s*[+*/^\\])", re.I)
+_RESTATED = re.compile(
+    r"\b(?:answer|result|value|total|sum|it|that|this)(?:['’]s|\s*(?:\bis\b|\bequals?\b|:|=))[\s*:]*(?P<value>[^\n]{1,80})", re.I
+)
+_STATED_NUMBER = re.compile(r"(?:is |equals |just |exactly |about |therefore )*[$\\(\[*\s]*(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?|\\[dt]?frac\s*\{[^{}]*\}\{[^{}]*\})")
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,12 @@ def find_answer(
     after = part[boxes[-1][1] : boxes[-1][1] + 5_000]
     if _RETRACTED.search(after):
         return Found(None, "the text behind the box takes it back")
-    for stated in _RESTATED.findall(after):
-        if not _same(last, normalise(stated.rstrip(".,"))):
-            return Found(None, "the text behind the box states another value")
-    if re.match(r"\s*(?:\$|\\\))?\s*(?:\\pm|\+/?-|±|\\cdot|\\times|[-+*/^×÷!%]|or\b|\\text\{\s*or)\s*[\d\\({$]", after):
+    for stated in _RESTATED.finditer(after):
+        number = _STATED_NUMBER.match(stated["value"])
+        if number and not _same(last, normalise(number.group(1).rstrip(".,"))):
+            if rational(last) is not None or number.end() == len(stated["value"].rstrip(" .$*)")):
+                return Found(None, "the text behind the box states another value")
+    if re.match(r"\s*(?:\$|\\\))?\s*(?:\\pm|\+/?-|±|\\cdot|\\times|[-+*/^×÷!]|\\?%|or\b|\\text\{\s*or)\s*[\d\\({$]", after):
         return Found(None, "the expression goes on behind the box")
     return Found(texts[-1].strip(), "the last \\boxed{}")
 

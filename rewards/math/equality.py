@@ -12,6 +12,8 @@ from rewards.math.numeric import differ, value
 from rewards.math.rational import rational
 from rewards.math.shape import based, choice, container, guard, split_top, symbols, values_of_chain, words
 
+MAX_TEXT_CHARACTERS = 200_000
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -36,6 +38,8 @@ def equal(gold: str, prediction: str, tolerance: float | None = None) -> bool:
 
 def decide(gold: str, prediction: str, tolerance: float | None = None) -> Decision:
     """As `equal`, with the rule that decided (`rlzero score --explain` prints it)."""
+    if max(len(gold), len(prediction)) > MAX_TEXT_CHARACTERS:
+        return Decision(False, f"refused: more than {MAX_TEXT_CHARACTERS} characters", gold[:80], prediction[:80])
     gold_text, text = strip_delimiters(gold), strip_delimiters(prediction)
     if checker.is_prose(gold_text) or checker.is_prose(text):
         return _prose(gold, prediction)
@@ -46,9 +50,7 @@ def decide(gold: str, prediction: str, tolerance: float | None = None) -> Decisi
     try:
         equal_, rule = _quick(one, other, tolerance)
         if equal_ is None:
-            guard(other)
-            if not _same_text(one, other):
-                guard(one)
+            guard(other, one)
             outcome, rule = checker.verify(one, other)
             if outcome == "timeout":
                 return Decision(False, rule, one, other, timeout=True)
@@ -133,8 +135,8 @@ def _same_number(gold: Fraction, gold_percent: bool, value: Fraction, percent: b
             return True
         return tolerance is not None and abs(a - b) <= Fraction(tolerance) * (abs(a) or 1)
 
-    if near(gold, value):  # 28% = 28: the sign is often left to the question
-        return True
+    if near(gold, value) and (not percent or gold_percent or abs(gold) >= 1):
+        return True  # 28% = 28: the sign is often left to the question
     return gold_percent != percent and near(gold / 100 if gold_percent else gold, value / 100 if percent else value)
 
 

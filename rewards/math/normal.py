@@ -147,6 +147,7 @@ def key(text: str) -> str:
     """What two spellings of the same characters share: no spaces, no text wrappers, words in lower case."""
     bare = _TEXT.sub(lambda m: m.group(1).lower() if len(m.group(1)) > 2 else m.group(1), text)
     words = re.fullmatch(r"[A-Za-z][A-Za-z' -]{2,}", bare)
+    bare = re.sub(r"(?<=[\d.}]) +(?=[\d.{])", "_", bare)  # 4 2 is not 42
     return re.sub(r"\s+", "", bare.lower() if words else bare)
 
 

@@ -6,7 +6,7 @@ from rewards.extract import AnswerTag
 from rewards.math import verify as checker
 from rewards.math.boxes import Boxed, find_answer
 from rewards.math.equality import decide
-from rewards.math.normal import Unreadable, normalise
+from rewards.math.normal import Unreadable, key, normalise, strip_delimiters
 from rewards.math.shape import mismatch
 from rewards.score import Score
 
@@ -61,15 +61,17 @@ def explain(
         steps["rule"] = f"refused: {refused}"
         return Score(0.0, "unparsed", detail=steps["rule"]), steps
     steps["read as"] = value
-    from rewards.math.normal import key
-
     if key(value) == key(gold):
         steps["rule"] = "same text"
         return Score(1.0, "correct", detail="same text"), steps
-    if checker.is_prose(value):
+    if checker.is_prose(strip_delimiters(found.text)):
         steps["rule"] = "not one value"
         return Score(0.0, "unparsed", detail="not one value"), steps
-    why = mismatch(gold, value)
+    try:
+        why = mismatch(gold, value)
+    except Unreadable as refused:
+        steps["rule"] = f"refused: {refused}"
+        return Score(0.0, "unparsed", detail=steps["rule"]), steps
     if why is not None:
         steps["rule"] = f"shape: {why}"
         return Score(0.0, "wrong", detail=steps["rule"]), steps

@@ -17,12 +17,10 @@ _ORDER = re.compile(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>]")
 _WORDS = re.compile(r"\\text\{[^{}]*\}|(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _KNOWN_WORDS = frozenset("sin cos tan cot sec csc log ln exp pi sqrt frac i e".split())
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-_LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 _AND = re.compile(r",?\s*\\text\{\s*(?:and|or|,|;)\s*\}\s*|,?\s+(?:and|or)\s+|(?<=[\d)}])(?:and|or)(?=[\d(\\-])")
 _NAME = r"(?:\\text\{[\w ]+\}|\\[a-zA-Z]+(?:\{[a-zA-Z]+\})?|[a-zA-Z])(?:_(?:\{[^{}]*\}|\w))?'*(?:\([^()=]{1,20}\))?"
 _LEFT_SIDE = re.compile(rf"\|?(?:{_NAME})(?:\s*[-+*/: ]?\s*(?:{_NAME}))*\|?|\((?:{_NAME})(?:,(?:{_NAME}))*\)|\\frac\{{[a-zA-Z]+\}}\{{[a-zA-Z]+\}}")
 _NUMBERS_BY_NAME = re.compile(r"\\(?:pi|frac|sqrt|infty|log|ln|sin|cos|tan)(?![a-zA-Z])")
-_COSTLY = re.compile(r"\\(?:int|iint|sum|prod|lim|binom|Gamma|zeta|nabla|partial|bigcup|bigcap)(?![a-zA-Z])")
 _PAIRS = {"(": ")", "[": "]", "\\{": "\\}"}
 _SYMBOL_COMMANDS = frozenset("alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi chi psi omega Delta Omega Gamma Phi".split())
 
@@ -148,28 +146,31 @@ def words(text: str) -> list[str]:
     return [w for w in _WORDS.findall(text) if w.lower() not in _KNOWN_WORDS]
 
 
-def guard(text: str) -> None:
-    """Raises Unreadable for what a computer algebra system should not even parse: towers, huge exponents, factorials."""
+_LEFT_TO_DO = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|limsup|liminf|bigcup|bigcap)(?![a-zA-Z])")
+_TOWER = re.compile(r"\d\s*[)}\]]*\^\s*\{?\(*-?\d+[)}]*\s*\^|\^\{[^{}]*\d\s*\^|\^[^a-zA-Z]{0,40}\^\{?\d|[)}\]]\s*\^\s*\{?\d{3,}")
+_NESTED_FACTORIAL = re.compile(r"!\s*[)}\]]*\s*!|\^\{?\(*\d+!|![^a-zA-Z]{0,10}\^")
+
+
+def guard(text: str, gold: str) -> None:
+    """Raises Unreadable for what a computer algebra system should not even parse: what is much longer than the gold
+    answer, towers, large exponents and factorials, chains of equations, integrals that the gold does not have."""
+    if len(text) > 300 + 4 * len(gold):
+        raise Unreadable(f"{len(text)} characters where the gold has {len(gold)}")
     if re.search(r"\d{400}", text):
         raise Unreadable("an integer of more than 400 digits")
-    if len(text) > 1_500:
-        raise Unreadable(f"{len(text)} characters of mathematics")
-    for match in re.finditer(r"\^\s*\{?\s*\(?\s*-?\s*(\d+)", text):
-        if len(match.group(1)) > 4:
-            raise Unreadable("an exponent above 9999")
-    if re.search(r"\^\{?[^{}]*\d[^{}]*\^\{?[^{}]*\d", text) and re.search(r"\d\s*\}?\^|\^[^a-zA-Z]*\^", text) and text.count("^") > 1:
-        if re.search(r"\d\^\{?\d+\^|\^\{[^{}]*\d\s*\^|\)\^\{?\d{3,}", text):
-            raise Unreadable("a tower of powers")
-    for match in re.finditer(r"(\d+)\s*[})]*\s*!", text):
-        if int(match.group(1)[:9]) > 1_000 or len(match.group(1)) > 4:
-            raise Unreadable("the factorial of a number above 1000")
-    if re.search(r"!\s*[)}\]]*\s*!|\^[^!]{0,40}!\s*[)}]*\s*!", text) or re.search(r"\^\{?\(?\d+!", text):
-        raise Unreadable("a factorial of a factorial or in an exponent")
-    if re.search(r"\d\s*[)}\]]*\^\{?\(*\d+[)}]*\^", text):
+    if text.count("=") > 10 + gold.count("=") or text.count("\\pm") > 6 + gold.count("\\pm"):
+        raise Unreadable("a long chain of equations or ±")
+    if _LEFT_TO_DO.search(text) and not _LEFT_TO_DO.search(gold):
+        raise Unreadable("an operator that is left to be worked out")
+    if any(len(digits) > 4 for digits in re.findall(r"\^\s*\{?\s*\(?\s*-?\s*(\d+)", text)):
+        raise Unreadable("an exponent above 9999")
+    if _TOWER.search(text):
         raise Unreadable("a tower of powers")
-    if re.search(r"[)}\]]\s*\^\s*\{?\d{3,}", text):
-        raise Unreadable("a bracket to a power above 99")
-    if re.search(r"\\binom\{\d{5,}\}|\\binom\{[^{}]*[\^!]", text):
+    if any(len(digits) > 4 or int(digits) > 1_000 for digits in re.findall(r"(\d+)\s*[})]*\s*!", text)):
+        raise Unreadable("the factorial of a number above 1000")
+    if _NESTED_FACTORIAL.search(text):
+        raise Unreadable("a factorial of a factorial or in a power")
+    if re.search(r"\\binom\s*\{(?:[^{}]*[\^!]|\d{5,})", text):
         raise Unreadable("a binomial of a number above 9999")
 
 
@@ -180,42 +181,77 @@ def _rounds(text: str) -> bool:
     return all(abs(value - known[0]) * 100 <= abs(known[0]) for value in known)
 
 
+_PREFIX_IN = re.compile(r"^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
+_PLAIN_COMMANDS = frozenset(
+    "frac sqrt cdot times div pi infty text sin cos tan cot sec csc ln log exp arcsin arccos arctan cup pm".split()
+)
+_ODD_CHARACTER = re.compile(r"[^A-Za-z0-9+\-*/^(){}\[\]=<>.,!\\ %_]")
+
+
 def mismatch(gold: str, prediction: str) -> str | None:
     """Why a prediction cannot be *the one* answer that a gold of this shape asks for; None when it may be.
 
     Both are canonical. This is where stuffing ends: lists, sets, ranges and relations are answers only where the gold
-    is one too, and words or symbols that the gold does not have are no part of a value.
+    is one too, and words, symbols, commands or signs that the gold does not have are no part of a value.
     """
     gold_value, value = measured(gold, any_unit=True).text, measured(prediction).text
-    gold_parts, parts = container(gold_value), container(value)
-    gold_relates, relates = bool(_RELATION.search(gold_value)), bool(_RELATION.search(value))
-    if relates and not gold_relates:
-        chain = values_of_chain(value)
-        if "\\in" in value and gold_parts.left + gold_parts.right or "\\cup" in gold_value:
-            value = re.sub(r"^[a-zA-Z]\\in\s*", "", value)
-        elif chain is None and len(gold_parts.parts) > 1 and all(values_of_chain(p) is not None for p in split_top(value)):
-            value = ",".join((values_of_chain(p) or [p])[-1] for p in split_top(value))
-        elif chain is None:
-            return "a relation where a value is asked for"
-        else:
+    if re.search(r"^[,;]|[,;]$|[,;] *[,;]", value):
+        return "a list with an empty place"
+    gold_parts = container(gold_value)
+    gold_relates = bool(_RELATION.search(gold_value))
+    if not gold_relates and _RELATION.search(value):
+        pieces = split_top(value)
+        chains = [values_of_chain(piece) for piece in pieces]
+        if _PREFIX_IN.match(value) and (gold_parts.left or "\\cup" in gold_value):
+            value = _PREFIX_IN.sub("", value)
+        elif len(pieces) == 1 and chains[0] is not None:
             if not _rounds(value):
                 return "an approximation of something else"
-            return next((why for side in chain if (why := mismatch(gold, side)) is not None), None)
-        parts = container(value)
-    free = "\\pm" in gold_value or "\\pm" in value
-    if "\\pm" in value and "\\pm" not in gold_value and len(gold_parts.parts) < 2:
+            return next((why for side in chains[0] if (why := mismatch(gold, side)) is not None), None)
+        elif len(pieces) > 1 and len(pieces) == len(gold_parts.parts) and all(c is not None and len(c) == 1 for c in chains):
+            value = ",".join(chain[0] for chain in chains if chain)
+        else:
+            return "a relation where a value is asked for"
+    if rational(value) is not None and not gold_relates:
+        return None if len(gold_parts.parts) < 2 or "\\pm" in gold_value else "one value where more are asked for"
+    return _foreign(gold_value, value, gold_relates) or (None if gold_relates else _other_container(gold_value, value))
+
+
+def _other_container(gold: str, value: str) -> str | None:
+    ours, parts = container(gold), container(value)
+    free = "\\pm" in gold or ("\\pm" in value and len(ours.parts) > 1)
+    if "\\pm" in value and not free:
         return "a range (±) where one value is asked for"
-    if len(parts.parts) != len(gold_parts.parts) and not free and not gold_relates:
-        return f"{len(parts.parts)} values where {len(gold_parts.parts)} are asked for"
-    if (parts.left, parts.right) != (gold_parts.left, gold_parts.right) and not gold_relates:
-        bare = not parts.left or not gold_parts.left
-        if not (bare and len(parts.parts) > 1 and "[" not in (parts.left, gold_parts.left)):
-            return f"brackets {parts.left}{parts.right} where the gold has {gold_parts.left}{gold_parts.right}"
-    if words(value) and not words(gold_value) and not gold_relates:
-        return f"words in a value: {words(value)[0]!r}"
-    extra = symbols(value) - symbols(gold_value)
-    if extra and not gold_relates and not words(gold_value):
+    if len(parts.parts) != len(ours.parts) and not free:
+        return f"{len(parts.parts)} values where {len(ours.parts)} are asked for"
+    if (parts.left, parts.right) != (ours.left, ours.right):
+        bare = not parts.left or not ours.left
+        if not (bare and len(parts.parts) > 1 and "[" not in (parts.left, ours.left)):
+            return f"brackets {parts.left}{parts.right} where the gold has {ours.left}{ours.right}"
+    return None
+
+
+def _foreign(gold: str, value: str, gold_relates: bool) -> str | None:
+    """What a value contains that is no part of a plain one and that the gold does not have either."""
+    bare = _AND.sub(",", value)
+    if words(bare) and not words(_AND.sub(",", gold)):
+        return f"words in a value: {words(bare)[0]!r}"
+    commands = {c[1:] for c in _COMMAND.findall(bare)} - {c[1:] for c in _COMMAND.findall(gold)}
+    unknown = commands - _PLAIN_COMMANDS - _SYMBOL_COMMANDS - ({"in", "le", "ge", "ne"} if gold_relates else set())
+    if "begin" in gold:
+        unknown -= {"begin", "end"}
+    if unknown:
+        return f"\\{sorted(unknown)[0]}, which the gold does not have"
+    odd = set(_ODD_CHARACTER.findall(value)) - set(gold)
+    if odd:
+        return f"the character {sorted(odd)[0]!r}, which the gold does not have"
+    if "\\\\" in value and "\\\\" not in gold:
+        return "several lines"
+    if re.search(r"[\d}] +[\d.]", value) and not re.search(r"[\d}] +[\d.]", gold):
+        return "numbers side by side"
+    if re.search(r"(?<![A-Za-z])_|\d_", value) and "_" not in gold:
+        return "a subscript on a number"
+    extra = symbols(value) - symbols(gold)
+    if extra and not gold_relates and not words(gold):
         return f"symbols that the gold does not have: {sorted(extra)}"
-    if _COSTLY.search(value) and not _COSTLY.search(gold_value):
-        return "an operator that is left to be worked out"
     return None

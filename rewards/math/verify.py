@@ -263,9 +263,14 @@ def _second_look(a: Any, b: Any) -> str:
 
 _WORD = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z']{3,}")
 _BROKEN = re.compile(r"[^$\\]*(?:\$\s*\n[^$]*\n\s*\$|\\\(\s*\n[^$\\]*\n\s*\\\))[^$\\]*")
-_PROSE = re.compile(r"[^\s$\\-].*(?<!\\)\$.|(?<!\\)\$.*(?<!\\)\$.|\\boxed|\\\(|\\\[|\n|\b(?:answer|is|the|therefore|so)\b", re.I)
+_PROSE = re.compile(r"\\boxed|\\\(|\\\[|\n|\b(?:answer|is|the|therefore|so)\b", re.I)
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_TEXT = re.compile(r"\\(?:text|mbox|mathrm)\w*\{[^{}]*\}")
 
 
 def is_prose(text: str) -> bool:
     """Whether a text is more than one bare expression: running words, delimiters inside it, several lines."""
-    return _PROSE.search(text) is not None or len(_WORD.findall(re.sub(r"\\(?:text|mbox|mathrm)\w*\{[^{}]*\}", "", text))) > 2
+    dollars = [match.start() for match in _DOLLAR.finditer(text)]
+    if len(dollars) > 1 or any(1 < at < len(text) - 1 for at in dollars):  # one at either end is money
+        return True
+    return _PROSE.search(text) is not None or len(_WORD.findall(_TEXT.sub("", text))) > 2
