@@ -204,15 +204,15 @@ class V3Policy(Policy):
         self._load: Tensor | None = None
 
     def hidden(self, batch: Batch) -> Float[Tensor, "n hidden"]:
-        experts = batch.routed_experts
-        out = self.module(batch.tokens, batch.positions, batch.bounds, experts)
+        bounds = batch.bounds.to(self.device)  # the model lays its attention out where the bounds are
+        out = self.module(batch.tokens, batch.positions, bounds, batch.routed_experts)
         self._count(slice(0, len(out.load)), out.load)
         return out.hidden
 
     def _mtp_hidden(self, hidden: Tensor, batch: Batch) -> list[Float[Tensor, "n hidden"]]:
         if not self.module.config.num_nextn_predict_layers:
             raise ValueError("mtp_weight is set and num_nextn_predict_layers is 0: set one of them otherwise")
-        outputs = self.module.mtp(hidden, batch.tokens, batch.positions, batch.bounds)
+        outputs = self.module.mtp(hidden, batch.tokens, batch.positions, batch.bounds.to(self.device))
         for depth, out in enumerate(outputs):
             row = self.module.config.moe_layers + depth
             self._count(slice(row, row + 1), out.load)
