@@ -9,6 +9,7 @@ engine a process of its own, as `rollout.worker` does.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ import torch
 from torch import Tensor
 
 from rollout.engine import Request, Rollout
+from rollout.transport.disk import DiskTransport
 
 OLDEST, NEWEST = (0, 25, 1), (0, 32, 0)
-SHARD_BYTES = 2 << 30
 CPU_KV_CACHE_BYTES = 1 << 30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Arguments that the engine's promises rest on: the caller sets them through the constructor or not at all.
@@ -112,14 +113,16 @@ class ExpectedWeights:
             yield name, tensor
         missing = sorted(self.needed - seen)
         if missing:
-            raise ValueError(f"the update ended without {len(missing)} of {len(self.needed)} tensors, e.g. {missing[0]!r}")
+            raise ValueError(
+                f"the update ended without {len(missing)} of {len(self.needed)} tensors, the first: {missing[0]!r}"
+            )
 
 
 # ---- functions that run inside a vLLM worker ----
 
 
 def _reload(worker: Any, source: Iterator[tuple[str, Tensor]] | str) -> None:
-    """Installs new weights from an iterator, or from a folder of safetensors files that every worker reads."""
+    """Installs new weights from an iterator, or from a published folder that every worker reads."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -134,7 +137,8 @@ def _reload(worker: Any, source: Iterator[tuple[str, Tensor]] | str) -> None:
             if getattr(method, "moe_kernel", None) is not None:
                 method.moe_kernel = None
     try:
-        runner.reload_weights(weights_iterator=_read_folder(Path(source)) if isinstance(source, str) else source)
+        weights = DiskTransport(source).receive(source) if isinstance(source, str) else source
+        runner.reload_weights(weights_iterator=weights)
     except BaseException:
         # Leaves the half-loaded state, in which the next reload would add to this one's counts.
         finalize_layerwise_reload(model, runner.model_config)
@@ -144,15 +148,6 @@ def _reload(worker: Any, source: Iterator[tuple[str, Tensor]] | str) -> None:
         for module in model.modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
-
-
-def _read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                yield name, opened.get_tensor(name)
 
 
 def _set_score_temperature(worker: Any, temperature: float) -> None:
@@ -202,7 +197,8 @@ class VLLMEngine:
         version: int = 0,
         engine_args: dict[str, Any] | None = None,
     ):
-        check_release(_installed_release())
+        release = _installed_release()
+        check_release(release)
         if threads is not None:
             torch.set_num_threads(threads)
         for name, value in ENVIRONMENT.items():
@@ -215,6 +211,10 @@ class VLLMEngine:
         arguments = dict(engine_args or {})
         if taken := sorted(OWN_ARGUMENTS & arguments.keys()):
             raise ValueError(f"engine_args sets {', '.join(taken)}: the engine sets these itself from its own options")
+        fields_known = [f.name for f in fields(EngineArgs)]
+        for name in arguments.keys() - set(fields_known):
+            near = difflib.get_close_matches(name, fields_known, 1)
+            raise ValueError(f"vLLM {release} has no engine argument {name}" + "".join(f"; nearest: {n}" for n in near))
         self.on_cpu = current_platform.is_cpu()
         if return_routed_experts and self.on_cpu:
             raise ValueError("vLLM's CPU build cannot return routed experts; leave return_routed_experts off there")
@@ -282,8 +282,8 @@ class VLLMEngine:
             raise ValueError(f"request {request.id} asks for max_tokens={sampling.max_tokens}; at least 1 is needed")
         if len(request.prompt_tokens) >= self.max_context:
             raise ValueError(
-                f"the prompt of request {request.id} has {len(request.prompt_tokens)} tokens, the engine's context holds "
-                f"{self.max_context} with at least one to write: shorten it or raise max_context"
+                f"the prompt of request {request.id} has {len(request.prompt_tokens)} tokens, the engine's context "
+                f"holds {self.max_context} with at least one to write: shorten it or raise max_context"
             )
         if sampling.stop and self._tokenizer is None:
             raise ValueError(f"request {request.id} has stop strings, but the model's folder holds no tokenizer")
@@ -393,7 +393,7 @@ class VLLMEngine:
             running.segments.append((self.version, written - sum(n for _, n in running.segments)))
         self._unusable = f"the update to version {version} did not finish"
         try:
-            self._install(self._expected.checked(weights))
+            self._install(self._expected.checked(weights), version)
         except BaseException as error:
             self._unusable = (
                 f"the update to version {version} failed and may have left weights of two versions ({error}); "
@@ -404,7 +404,7 @@ class VLLMEngine:
         self.version = version
         self._resume()
 
-    def _install(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+    def _install(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
         core = self._vllm.engine_core
         if self._vllm.vllm_config.parallel_config.world_size == 1:
             core.collective_rpc(_reload, args=(weights,))
@@ -412,8 +412,7 @@ class VLLMEngine:
         # Workers are other processes of this host: they map one copy in shared memory.
         memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
         with tempfile.TemporaryDirectory(prefix="rlzero-weights-", dir=memory) as folder:
-            _write_shards(weights, Path(folder))
-            core.collective_rpc(_reload, args=(folder,))
+            core.collective_rpc(_reload, args=(DiskTransport(folder).publish(weights, version),))
 
     def score(self, sequences: list[list[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probability of every token given those before it, float32 [len(sequence)] each; entry 0 is 0.0. Running
@@ -425,7 +424,7 @@ class VLLMEngine:
         if temperature <= 0:
             raise ValueError(f"score was asked for temperature {temperature}; it must be above 0")
         if temperature != 1.0 and any(r.request.sampling.temperature == 0 for r in self._running.values()):
-            raise RuntimeError("score at a temperature other than 1 would change greedy requests that are being written")
+            raise RuntimeError("scoring at a temperature other than 1 would change greedy requests being written")
         longest = max((len(s) for s in sequences), default=0)
         if longest > self.max_context:
             raise ValueError(f"a sequence of {longest} tokens exceeds the engine's context of {self.max_context}")
@@ -569,17 +568,3 @@ def _continued(
         text=text,
         routed_experts=routed,
     )
-
-
-def _write_shards(weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    shard: dict[str, Tensor] = {}
-    size = number = 0
-    for name, tensor in weights:
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            save_file(shard, folder / f"{number:05d}.safetensors")
-            shard, size, number = {}, 0, number + 1
-        shard[name] = tensor.detach().cpu().contiguous()
-        size += tensor.nbytes
-    save_file(shard, folder / f"{number:05d}.safetensors")

