@@ -44,12 +44,12 @@ class Router(nn.Module):
         return self
 
     def forward(self, x: Float[Tensor, "n hidden"], replay: Int[Tensor, "n k"] | None = None) -> Routing:
-        """`replay` fixes the experts of every token; a row of -1 lets the router choose."""
+        """`replay` fixes the experts of every token; a row with a -1 lets the router choose all of them."""
         c = self.config
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
         experts = select_experts(scores.detach() + self.bias, c.n_group, c.topk_group, c.num_experts_per_tok)
         if replay is not None:
-            experts = torch.where(replay < 0, experts, replay.to(experts.dtype))
+            experts = torch.where((replay < 0).any(-1, keepdim=True), experts, replay.to(experts.dtype))
         weights = scores.gather(1, experts)
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
