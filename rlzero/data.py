@@ -114,9 +114,9 @@ def load_rows(source: str, params: dict[str, Any], split: Split, seed: int) -> l
         except TypeError as error:
             raise DataError(f"data: {source} cannot be called with {sorted(params)}: {error}") from error
     if function is None:
+        rows = read_jsonl(source)
         if params:
             raise DataError(f"data: params {sorted(params)} are given, but {source} is a file and takes none")
-        rows = read_jsonl(source)
     else:
         try:
             made = list(function(**params))

@@ -37,7 +37,7 @@ def load(path: str | Path) -> list[Group]:
     """The groups that `save` wrote. Raises `UsageError` with file and line for anything else."""
     path = Path(path)
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().rstrip("\n").split("\n")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     try:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Outcome:
     """One completion of a question. `correct` is None where the checker itself failed: such a sample is counted as an
-    error and in nothing else. `answer` is the extracted answer, None where there is none."""
+    error and in nothing else. `answer` is the extracted answer, None where the checker could not read one."""
 
     correct: bool | None
     answer: str | None
@@ -149,9 +149,10 @@ def write_and_score(
 def _outcome(rollout: Rollout, scores: Sequence[Score | None], rewards: Sequence[Reward]) -> Outcome:
     applying = [(reward.weight, score) for score, reward in zip(scores, rewards, strict=True) if score is not None]
     judge = max(applying, key=lambda pair: pair[0])[1] if applying else None  # max keeps the first of equals
+    unparsed = judge is not None and judge.verdict == "unparsed"
     return Outcome(
         correct=None if judge is None or judge.verdict == "error" else judge.verdict == "correct",
-        answer=answer_of(rollout.text),
+        answer=None if unparsed else answer_of(rollout.text),
         tokens=len(rollout.tokens),
         truncated=rollout.finish_reason == "length",
     )

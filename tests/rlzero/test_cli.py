@@ -7,14 +7,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from rlzero import base_text, cli
-from rlzero.config import Config
+from rewards.score import Score
+from rlzero import base_text, cli, dump
+from rlzero.config import Config, UsageError
+from rlzero.groups import Group
 from rlzero.plan import make_plan, read_policy
+from rollout.engine import Prompt, Rollout
 from trainer.model.config import V3Config
 from trainer.policy import PolicyOptions, load_policy
 
@@ -156,3 +160,57 @@ def test_the_plan_counts_the_models_parameters_exactly(policy, config_file):
     plan = make_plan(Config.load(config_file))
     assert plan.trainer["weights"] == 4 * body and plan.trainer["optimizer moments (FP32)"] == 8 * body
     assert plan.worker["cache of all completions at full length, at most"] == 4 * 72 * (512 + 64) * 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=nowhere.jsonl", "nowhere.jsonl: no such data file"),
+        ("data.prompt_column=text", "no column 'text'"),
+        ("data.max_prompt_tokens=3", "prompts are longer than the 3 tokens"),
+        ("rewards.0.fn=rewards.countdown:none", "rewards that cannot be used"),
+        ("rewards.0.fn=./nowhere.py:reward", "rewards that cannot be used"),
+        ("policy.path=/nowhere", "/nowhere: no tokenizer could be loaded"),
+        ("rollout.max_tokens=1000", "longer than the policy's context of 512 tokens"),
+    ],
+)
+def test_a_run_that_cannot_start_says_why_before_anything_starts(monkeypatch, capsys, config_file, override, message):
+    code, _, err = run(monkeypatch, capsys, "train", config_file, override, "batch.tokens_per_micro_batch=2000")
+    assert code == 2 and message in err, err
+
+
+def test_a_folder_with_a_run_in_it_is_not_trained_into_by_accident(monkeypatch, capsys, config_file, tmp_path):
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "metrics.jsonl").write_text('{"step": 0}\n')
+    code, _, err = run(monkeypatch, capsys, "train", config_file)
+    assert code == 2 and "holds a run already; go on with --resume" in err
+
+
+def test_eval_prints_the_figures_and_its_dump_trains_one_step(monkeypatch, capsys, config_file, tmp_path):
+    dumped = tmp_path / "groups.jsonl"
+    code, out, err = run(monkeypatch, capsys, "eval", config_file, "rollout.engine=torch", "--output", dumped)
+    assert code == 0, err
+    assert re.search(r"^pass_at_1 +0\b", out, re.M) and re.search(r"^n +2$", out, re.M)
+    groups = dump.load(dumped)
+    assert [len(group.rollouts) for group in groups] == [2, 2]
+    code, out, err = run(monkeypatch, capsys, "train", config_file, "--from-dump", dumped)
+    assert code == 0, err
+    assert re.search(r"^grad_norm ", out, re.M), out
+
+
+def test_a_dump_reads_back_as_what_was_written(tmp_path):
+    routed = np.arange(12, dtype=np.int16).reshape(3, 2, 2)
+    rollout = Rollout("a/1", 0, (1, 2), [3], [-0.1234567890123], [(4, 1)], "stop", "<think>\u2028", routed)
+    group = Group(Prompt("1", "q", (1, 2), {"answer": "é"}), [rollout], [[Score(0.5, "correct", {"m": 1.0}), None]])
+    dump.save(tmp_path / "d.jsonl", [group], step=3)
+    (again,) = dump.load(tmp_path / "d.jsonl")
+    assert np.array_equal(again.rollouts[0].routed_experts, routed)
+    again.rollouts[0].routed_experts = rollout.routed_experts
+    assert again == group
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "not a dump of this release"), ('{"kind": "rlzero dump 1"}\n{}\n', "d.jsonl:2")])
+def test_a_file_that_is_no_dump_is_an_error(tmp_path, text, message):
+    (tmp_path / "d.jsonl").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        dump.load(tmp_path / "d.jsonl")
