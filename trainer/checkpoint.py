@@ -22,7 +22,11 @@ STATE = "trainer_state"  # subfolder with all that is not the Hugging Face folde
 MANIFEST = f"{STATE}/manifest.json"
 FORMAT = 1
 _STEP = re.compile(r"step-(\d+)$")
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file is too large"}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is too large",
+}
 
 
 class CheckpointError(RuntimeError):
@@ -96,7 +100,8 @@ def verify(folder: str | Path) -> None:
         raise CheckpointError(f"{folder} does not exist: expected a checkpoint folder")
     path = folder / MANIFEST
     if not path.is_file():
-        kind = "a Hugging Face folder without a trainer's state" if (folder / "config.json").is_file() else "no checkpoint"
+        plain = (folder / "config.json").is_file()
+        kind = "a Hugging Face folder without a trainer's state" if plain else "no checkpoint"
         raise CheckpointError(
             f"{folder} is {kind} ({MANIFEST} is missing): a run resumes from its own checkpoints only; to start a new "
             "run from its weights set policy.path to it"

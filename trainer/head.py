@@ -100,8 +100,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_weight = grad.T @ hidden
             elif needs_weight:
                 grad_weight += grad.T @ hidden[rows]
-        cast = (lambda t, like: None if t is None else t.to(like.dtype))
-        return grad_hidden, cast(grad_weight, weight), cast(grad_bias, bias), None, None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _float32_table(weight: Tensor) -> Tensor:

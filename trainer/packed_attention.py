@@ -87,8 +87,9 @@ def attend(
     if softcap is not None or unknown:
         raise NotImplementedError(f"packed attention does not compute {', '.join(unknown) or 'softcapping'}")
     grouped = query.shape[1] != key.shape[1]
-    query, key, value = (layout.pad(x[0].transpose(0, 1)) for x in (query, key, value))  # [documents, longest, heads, _]
     outputs = []
+    query, key, value = (layout.pad(x[0].transpose(0, 1)) for x in (query, key, value))
+    # a group: [documents, longest, heads, width]
     for q, k, v in zip(query, key, value, strict=True):
         longest = q.shape[1]
         window = None

@@ -110,7 +110,8 @@ def check(samples: Sequence[Sample], tokens_per_micro_batch: int) -> None:
         if sample.versions is not None and (counted := sum(count for _, count in sample.versions)) != n:
             problems.append(f"sample {i}: versions count {counted} tokens, the completion has {n}")
         if sample.routed_experts is not None and len(sample.routed_experts) != sample.length:
-            problems.append(f"sample {i}: routed_experts has {len(sample.routed_experts)} rows for {sample.length} tokens")
+            rows = len(sample.routed_experts)
+            problems.append(f"sample {i}: routed_experts has {rows} rows for {sample.length} tokens")
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise ValueError("cannot pack:\n" + "\n".join(f"  - {problem}" for problem in shown))

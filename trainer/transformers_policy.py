@@ -42,7 +42,8 @@ class TransformersPolicy(Policy):
         self.max_positions = getattr(config, "max_position_embeddings", None) or 2**31
         self.vocabulary = config.vocab_size
         if options.recipe != "bf16":
-            raise ValueError(f"recipe {options.recipe} is for DeepSeek-V3 models; this is a {config.model_type}: use bf16")
+            kind = config.model_type
+            raise ValueError(f"recipe {options.recipe} is for DeepSeek-V3 models; this is a {kind}: use bf16")
         if options.activation_checkpointing:
             module.gradient_checkpointing_enable({"use_reentrant": False})
             for layer in module.modules():
@@ -86,7 +87,10 @@ class TransformersPolicy(Policy):
         hidden = []
         for tokens, positions, mask, shape in groups:
             out = self.module.base_model(
-                input_ids=tokens.view(shape), position_ids=positions.view(shape), attention_mask=mask.view(shape), use_cache=False
+                input_ids=tokens.view(shape),
+                position_ids=positions.view(shape),
+                attention_mask=mask.view(shape),
+                use_cache=False,
             )
             hidden.append(out.last_hidden_state)
         return layout.unpad(hidden)
@@ -162,7 +166,8 @@ class TransformersPolicy(Policy):
             if gap <= PROBE_TOLERANCE[self.module.dtype]:
                 if failures:
                     name = type(self.module).__name__
-                    log.warning("%s runs padded with %s attention, which is slower (%s)", name, implementation, failures[0])
+                    why = failures[0]
+                    log.warning("%s runs padded with %s attention, which is slower (%s)", name, implementation, why)
                 return
             failures.append(f"{form} with {implementation}: log-probabilities differ from the model's own by {gap:.2g}")
         raise ValueError(f"{type(self.module).__name__} cannot be trained here: {'; '.join(failures)}")

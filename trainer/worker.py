@@ -1,4 +1,6 @@
-"""The trainer: one policy, its optimizer and its reference. Blind to tasks; a plain class that Ray may make an actor."""
+"""The trainer: one policy, its optimizer and its reference.
+
+Blind to tasks and to how advantages came about; a plain class that Ray may make an actor."""
 
 from __future__ import annotations
 

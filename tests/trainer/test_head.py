@@ -30,9 +30,8 @@ def reference(hidden, weight, bias, targets, temperature, softcap):
 def test_values_and_gradients_are_those_of_float64(chunk, temperature, bias, softcap):
     (hidden, weight, b), targets = inputs()
     used = [hidden, weight, b] if bias else [hidden, weight]
-    logprobs, entropy = token_logprobs(
-        hidden, weight, targets, temperature=temperature, bias=b if bias else None, softcap=softcap, entropy=True, chunk=chunk
-    )
+    logits = {"temperature": temperature, "bias": b if bias else None, "softcap": softcap}
+    logprobs, entropy = token_logprobs(hidden, weight, targets, **logits, entropy=True, chunk=chunk)
     doubles = [t.detach().double().requires_grad_() for t in used]
     expected, expected_entropy = reference(
         doubles[0], doubles[1], doubles[2] if bias else None, targets, temperature, softcap

@@ -1,4 +1,4 @@
-"""Policies: packed equals one document at a time, for V3 and for models of transformers; saved folders load elsewhere."""
+"""Policies, V3 and transformers: packed equals one document at a time; saved folders load elsewhere."""
 
 import json
 import logging
@@ -14,8 +14,9 @@ from trainer.policy import PolicyOptions, load_policy
 
 V3 = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "n_routed_experts": 8, "num_experts_per_tok": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
+    "num_attention_heads": 2, "n_routed_experts": 8, "num_experts_per_tok": 2, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+    "n_group": 4, "topk_group": 2,
     "num_nextn_predict_layers": 1, "max_position_embeddings": 64, "initializer_range": 0.2,
 }  # fmt: skip
 LLAMA = {
@@ -25,7 +26,8 @@ LLAMA = {
 QWEN2 = {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": True}
 QWEN2_SLIDING = {**QWEN2, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 QWEN3_MOE = {
-    **LLAMA, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8,
+    **LLAMA, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "head_dim": 8,
 }  # fmt: skip
 GEMMA2 = {**LLAMA, "model_type": "gemma2", "head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 8}
 GRANITE = {**LLAMA, "model_type": "granite", "logits_scaling": 3.0}
@@ -108,7 +110,9 @@ def test_a_v3_folder_gives_the_same_log_probabilities_in_transformers(tmp_path):
     assert (found[1:] - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("name", "packed"), [("llama", True), ("qwen2-sliding", True), ("gemma2", False), ("mamba", False)])
+@pytest.mark.parametrize(
+    ("name", "packed"), [("llama", True), ("qwen2-sliding", True), ("gemma2", False), ("mamba", False)]
+)
 def test_the_form_is_found_at_loading_and_the_slow_one_is_logged(name, packed, caplog):
     with caplog.at_level(logging.WARNING, logger="trainer.transformers_policy"):
         assert policy(TRANSFORMERS[name]).packed is packed

@@ -17,8 +17,9 @@ from trainer.worker import Trainer
 
 V3 = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1,
+    "num_attention_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
     "max_position_embeddings": 64, "initializer_range": 0.1,
 }  # fmt: skip
 LLAMA = {
@@ -314,7 +315,8 @@ def test_a_checkpoint_is_a_hugging_face_folder_with_the_rest_aside(tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "step-1", dtype=torch.float32)
     name = "model.layers.0.self_attn.o_proj.weight"
     assert torch.equal(stock.state_dict()[name], dict(t.weights())[name])
-    again = Trainer(PolicyOptions(path=str(tmp_path / "step-1"), dtype="float32"), OptimizerOptions(), None, device="cpu")
+    options = PolicyOptions(path=str(tmp_path / "step-1"), dtype="float32")
+    again = Trainer(options, OptimizerOptions(), None, device="cpu")
     assert same(weights(t), weights(again))
 
 
