@@ -66,3 +66,12 @@ def final_part(completion: str, answer_tag: AnswerTag = "auto", require_think: b
     if opens != 1 or closes != 1 or stop < start:
         return Final(None, f"expected one <answer>...</answer>, found {opens} opening and {closes} closing tags")
     return Final(part[start + len("<answer>") : stop], "inside <answer>")
+
+
+def reasoning_part(completion: str) -> str:
+    """What stands in front of the last `</think>`, without the opening tag; the whole text when there is no such tag."""
+    end = _END.search(completion)
+    text = completion[: end.start()] if end else completion
+    head, close, _ = text.rpartition("</think>")
+    reasoning = head if close else text
+    return reasoning.strip().removeprefix("<think>")

@@ -102,7 +102,8 @@ class Reward:
     def __repr__(self) -> str:
         return f"Reward({self.address!r})"
 
-    def _arguments(self, row: Row) -> dict[str, Any]:
+    def arguments(self, row: Row) -> dict[str, Any]:
+        """The columns and parameters that the function takes, by name; RewardError when a column is missing."""
         missing = [n for n in self.required if n not in row and n not in self.params]
         if missing:
             raise RewardError(
@@ -117,11 +118,11 @@ class Reward:
         """The score of one completion; raises what the function raises, RewardError for a missing column."""
         if self.is_group:
             return self.group([completion], row)[0]
-        return to_score(self._run(self.function(completion=completion, **self._arguments(row))), self.address)
+        return to_score(self._run(self.function(completion=completion, **self.arguments(row))), self.address)
 
     async def one_async(self, completion: str, row: Row) -> Score | None:
         """As `one`, for an async function of one completion: many can be awaited together."""
-        return to_score(await self.function(completion=completion, **self._arguments(row)), self.address)
+        return to_score(await self.function(completion=completion, **self.arguments(row)), self.address)
 
     def group(self, completions: Sequence[str], rows: Row | Sequence[Row]) -> list[Score | None]:
         """The scores of a group. `rows` is the one row that the group shares, or a row per completion."""
@@ -132,8 +133,8 @@ class Reward:
             return [self.one(completion, row) for completion, row in zip(completions, each)]
         if not completions:
             return []
-        arguments = self._arguments(each[0])
-        if any(row is not each[0] and self._arguments(row) != arguments for row in each[1:]):
+        arguments = self.arguments(each[0])
+        if any(row is not each[0] and self.arguments(row) != arguments for row in each[1:]):
             raise RewardError(
                 f"{self.address} takes a whole group (its parameter is 'completions'), but the rows of this group "
                 "differ; a group is the samples of one prompt"

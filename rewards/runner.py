@@ -63,7 +63,7 @@ class RewardRunner:
         os.set_blocking(self._wake_write, False)
         self._seats = [_Seat(self._new_process()) for _ in range(workers or os.cpu_count() or 1)]
         try:
-            self._kinds = [self._await_ready(seat) for seat in self._seats][0]
+            self.kinds = [self._await_ready(seat) for seat in self._seats][0]
         except WorkerGone as error:
             for seat in self._seats:
                 seat.process.close()
@@ -93,7 +93,7 @@ class RewardRunner:
             self._unscored += group.left
             if not indices:
                 self._finish(group)
-            for reward, kind in enumerate(self._kinds):
+            for reward, kind in enumerate(self.kinds):
                 step = size if kind == "each" else len(indices)
                 for start in range(0, len(indices), step or 1):
                     self._waiting.append(_Task(group, reward, indices[start : start + step]))
@@ -176,7 +176,7 @@ class RewardRunner:
             seat.deadline = time.monotonic() + START_TIMEOUT_S
             seat.started = False
             # an async function keeps its own deadline per completion; this one is for when it blocks
-            seat.limit = spec.timeout_s if self._kinds[task.reward] != "async" else 1.2 * spec.timeout_s + 1
+            seat.limit = spec.timeout_s if self.kinds[task.reward] != "async" else 1.2 * spec.timeout_s + 1
             try:
                 seat.process.send(request)
             except WorkerGone as error:
@@ -203,7 +203,7 @@ class RewardRunner:
                 self._store(task, task.indices[reply["at"]], score)
                 if not task.left:
                     seat.task = None
-                elif self._kinds[task.reward] == "each":
+                elif self.kinds[task.reward] == "each":
                     seat.start_clock(reply["cpu_s"])
                 if reply.get("replace"):
                     seat.process.worker_pid = None  # the next `ready` names its successor
@@ -226,7 +226,7 @@ class RewardRunner:
 
     def _lost(self, task: _Task, ended: int) -> None:
         """Gives the completion that a worker was on when it ended its verdict, and the rest another worker."""
-        blamed = task.left[:1] if self._kinds[task.reward] == "each" else list(task.left)
+        blamed = task.left[:1] if self.kinds[task.reward] == "each" else list(task.left)
         limit = self.specs[task.reward].timeout_s
         if -ended in (signal.SIGALRM, signal.SIGPROF):
             score = Score(0.0, "timeout", detail=f"not decided within its limit ({limit} s at most)")
