@@ -79,7 +79,7 @@ class TransformersDecoder:
 
     # cache rows
 
-    def reserve(self, rows: int, context: int) -> None:
+    def reserve(self, rows: int, context: int, completion: int) -> None:
         self._capacity = (rows, context)
         self._keys = [self._fit(cache) for cache in self._keys]
         self._values = [self._fit(cache) for cache in self._values]

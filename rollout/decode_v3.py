@@ -63,6 +63,11 @@ def expected_shapes(c: V3Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def latent_is_smaller(c: V3Config) -> bool:
+    """Whether a token's latent takes fewer floats than its per-head keys and values (the rotated key is in both)."""
+    return c.kv_lora_rank < c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+
+
 def collect(c: V3Config, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """A private copy of the tensors decoding needs, checked against `expected_shapes`. Router biases stay float32."""
     expected = expected_shapes(c)
@@ -166,9 +171,7 @@ class V3Decoder:
         c = self.config = config
         self.vocab_size, self.max_positions = c.vocab_size, c.max_position_embeddings
         self.dtype, self.device = dtype, device
-        expanded = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim) + c.qk_rope_head_dim
-        latent = c.kv_lora_rank + c.qk_rope_head_dim
-        self.latent = latent < expanded if cache == "auto" else cache == "latent"
+        self.latent = latent_is_smaller(c) if cache == "auto" else cache == "latent"
         self.scale = softmax_scale(c)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
@@ -189,7 +192,7 @@ class V3Decoder:
 
     # cache rows
 
-    def reserve(self, rows: int, context: int) -> None:
+    def reserve(self, rows: int, context: int, completion: int) -> None:
         c = self.config
         cos, sin = rotation(c, torch.arange(context, device=self.device))
         self._cos, self._sin = cos.to(self.dtype), sin.to(self.dtype)  # [context, rope / 2]
@@ -306,10 +309,11 @@ class V3Decoder:
         keys, values = self._expand(layer, latent, key)
         row = torch.arange(n, device=x.device)
         self._keys[i][row, :, at], self._values[i][row, :, at] = keys, values
-        q = torch.cat([nope, rope], dim=-1)[:, :, None]  # [n, heads, 1, nope + rope]
-        k, v = self._keys[i][:n, :, :length], self._values[i][:n, :, :length]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None], scale=self.scale)
-        return out.flatten(1)
+        # Written out: with values narrower than keys, scaled_dot_product_attention would scale a copy of the cache.
+        q = (torch.cat([nope, rope], dim=-1) * self.scale)[:, :, None]  # [n, heads, 1, nope + rope]
+        scores = (q @ self._keys[i][:n, :, :length].transpose(-1, -2)).float()  # [n, heads, 1, length]
+        scores = scores.masked_fill_(~visible[:, None, None], float("-inf")).softmax(-1).to(x.dtype)
+        return (scores @ self._values[i][:n, :, :length]).flatten(1)
 
     def _decode_latent(
         self, i: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor, visible: Tensor

@@ -27,8 +27,9 @@ class Decoder(Protocol):
         """What `load` installed."""
         ...
 
-    def reserve(self, rows: int, context: int) -> None:
-        """Makes room for `rows` sequences of at most `context` tokens."""
+    def reserve(self, rows: int, context: int, completion: int) -> None:
+        """Makes room for `rows` sequences of at most `context` tokens, of which `decode` appends at most
+        `completion`. Never less than before; what rows hold is kept."""
         ...
 
     def release(self) -> None:

@@ -59,20 +59,38 @@ class _Running:
 
 
 def build_decoder(
-    path: str | Path, *, dtype: torch.dtype, device: str, cache: Literal["auto", "latent", "expanded"]
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    cache: Literal["auto", "latent", "expanded"],
+    kernels: Literal["auto", "native", "torch"],
 ) -> Decoder:
     """The decoder for a Hugging Face folder, with its weights loaded."""
     config_file = Path(path) / "config.json"
     if not config_file.exists():
         raise FileNotFoundError(f"{path} has no config.json: expected a Hugging Face model folder")
     if json.loads(config_file.read_text()).get("model_type") == "deepseek_v3":
-        from rollout.decode_v3 import V3Decoder
+        from rollout.decode_native import NativeDecoder
+        from rollout.decode_v3 import V3Decoder, latent_is_smaller
         from rollout.transport.disk import read_folder
         from trainer.model.config import V3Config
 
-        decoder = V3Decoder(V3Config.load(path), dtype=dtype, device=device, cache=cache)
+        config = V3Config.load(path)
+        expanded = cache == "expanded" or (cache == "auto" and not latent_is_smaller(config))
+        fits = expanded and device == "cpu" and dtype == torch.float32
+        if kernels == "native" and not fits:
+            raise ValueError(
+                f"native kernels compute float32 on a CPU with an expanded cache, asked for were {dtype} on {device} "
+                f"with cache {cache!r}: choose kernels='torch' or 'auto'"
+            )
+        native = kernels != "torch" and fits
+        decoder = NativeDecoder(config) if native else V3Decoder(config, dtype=dtype, device=device, cache=cache)
+        log.info("%s: V3 decoding with %s kernels, %s cache", path, *_names(native, expanded))
         decoder.load(read_folder(path))
         return decoder
+    if kernels == "native":
+        raise ValueError(f"native kernels decode DeepSeek-V3 models only, {path} is another one: leave kernels='auto'")
     from rollout.decode_hf import TransformersDecoder
 
     return TransformersDecoder(path, dtype=dtype, device=device)
@@ -88,12 +106,17 @@ def end_tokens(path: str | Path) -> set[int]:
     return set()
 
 
+def _names(native: bool, expanded: bool) -> tuple[str, str]:
+    return "native" if native else "torch", "expanded" if expanded else "latent"
+
+
 class TorchEngine:
     """Keeps rollout.engine.Engine for the V3 architecture and for causal LMs that transformers loads.
 
     `path` is a Hugging Face folder. `max_batch` sequences run at once; `max_context` (default: the model's) bounds
     prompt plus completion; memory for caches is taken as the submitted requests need it. `cache` chooses what V3
-    attention keeps (see rollout.decode_v3). `threads` sets torch's for the whole process.
+    attention keeps (see rollout.decode_v3); `kernels="auto"` computes float32 V3 models with an expanded cache on a CPU
+    with the C++ of rollout.native, everything else with torch. `threads` sets torch's for the whole process.
     """
 
     def __init__(
@@ -107,11 +130,14 @@ class TorchEngine:
         max_context: int | None = None,
         version: int = 0,
         cache: Literal["auto", "latent", "expanded"] = "auto",
+        kernels: Literal["auto", "native", "torch"] = "auto",
     ):
         if threads is not None:
             torch.set_num_threads(threads)
         self.version = version
-        self.decoder = build_decoder(path, dtype=getattr(torch, dtype), device=device, cache=cache)
+        self.decoder = build_decoder(
+            path, dtype=getattr(torch, dtype), device=device, cache=cache, kernels=kernels
+        )
         self.max_batch = max_batch
         self.max_context = min(max_context or self.decoder.max_positions, self.decoder.max_positions)
         self.end_tokens = end_tokens(path)
@@ -122,7 +148,7 @@ class TorchEngine:
         self._keys = np.zeros(max_batch, np.uint64)
         self._unusable: str | None = None
         self._asleep: tempfile.TemporaryDirectory | None = None
-        self._rows = self._context = 0
+        self._reserved = (0, 0, 0)  # rows, context and completion tokens of the decoder's caches
 
     @staticmethod
     def _load_tokenizer(path: str | Path):
@@ -231,7 +257,7 @@ class TorchEngine:
         folder = tempfile.TemporaryDirectory(prefix="rlzero-engine-")
         save_file({n: t.detach().cpu().contiguous() for n, t in self.decoder.weights()}, f"{folder.name}/weights")
         self.decoder.release()
-        self._rows = self._context = 0
+        self._reserved = (0, 0, 0)
         self._asleep = folder
 
     def wake(self) -> None:
@@ -311,11 +337,15 @@ class TorchEngine:
         return list(contexts.values())
 
     def _reserve(self, joining: list[_Running]) -> None:
-        longest = max(len(r.request.prompt_tokens) + r.request.sampling.max_tokens for r in joining)
-        context = min(-(-longest // _CONTEXT_STEP) * _CONTEXT_STEP, self.max_context)
-        if len(self._running) > self._rows or context > self._context:
-            self._rows, self._context = max(len(self._running), self._rows), max(context, self._context)
-            self.decoder.reserve(self._rows, self._context)
+        def up(tokens: int) -> int:
+            return min(-(-tokens // _CONTEXT_STEP) * _CONTEXT_STEP, self.max_context)
+
+        completion = max(r.request.sampling.max_tokens for r in joining)
+        context = max(len(r.request.prompt_tokens) + r.request.sampling.max_tokens for r in joining)
+        needed = (len(self._running), up(context), up(completion))
+        if any(n > r for n, r in zip(needed, self._reserved, strict=True)):
+            self._reserved = tuple(max(pair) for pair in zip(needed, self._reserved, strict=True))
+            self.decoder.reserve(*self._reserved)
 
     def _read(self, contexts: list[tuple[np.ndarray, list[int]]]) -> Iterator[tuple[Tensor, list[list[int]]]]:
         results = []

@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from rollout import sampler
+
 from rollout.engine import Request, Sampling, generate
+from rollout.native import library
 from rollout.torch_engine import EngineUnusable, TorchEngine
 from rollout.transport.disk import read_folder
 
@@ -31,13 +33,15 @@ YARN = {
 V3 = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=4, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=2,
-    routed_scaling_factor=1.5, kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=12,
+    routed_scaling_factor=1.5, kv_lora_rank=128, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=12,
     n_group=1, topk_group=1, first_k_dense_replace=1, max_position_embeddings=256, num_nextn_predict_layers=0,
     bos_token_id=0, eos_token_id=1, initializer_range=0.2,
 )  # fmt: skip
 VARIANTS = {
-    "plain": {},
-    "q_lora_groups": dict(q_lora_rank=12, n_group=4, topk_group=2, num_experts_per_tok=3),
+    "folded": {},  # kv_lora 128 > hidden 32: the native kernels merge W_DKV with W_UK and W_UV
+    "plain": dict(kv_lora_rank=16),
+    "q_lora_groups": dict(q_lora_rank=12, kv_lora_rank=24, n_group=4, topk_group=2, num_experts_per_tok=3),
+    "odd_sizes": dict(hidden_size=36, num_attention_heads=7, v_head_dim=10, moe_intermediate_size=20, kv_lora_rank=18),
     "yarn_tied": dict(rope_parameters=YARN, tie_word_embeddings=True, first_k_dense_replace=0),
     "halves_two_shared": dict(rope_interleave=False, n_shared_experts=2, norm_topk_prob=False),
     "dense": dict(first_k_dense_replace=3),
@@ -102,11 +106,14 @@ def assert_matches(model, rollouts, bound, temperature=1.0):
         assert np.abs(reference - np.array(r.logprobs)).max() < bound
 
 
-@pytest.mark.parametrize("cache", ["latent", "expanded"])
+DECODERS = [("latent", "torch"), ("expanded", "torch"), ("expanded", "native")]
+
+
+@pytest.mark.parametrize("cache, kernels", DECODERS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logprobs_are_those_of_transformers(tmp_path, variant, cache):
+def test_logprobs_are_those_of_transformers(tmp_path, variant, cache, kernels):
     model = make_v3(tmp_path, **VARIANTS[variant])
-    engine = TorchEngine(tmp_path, cache=cache, max_batch=5)
+    engine = TorchEngine(tmp_path, cache=cache, kernels=kernels, max_batch=5)
     rollouts = generate(engine, requests(temperature=0.8))
     assert_matches(model, rollouts, 2e-5, temperature=0.8)
 
@@ -141,18 +148,42 @@ def test_bfloat16_weights_stay_near_the_float32_forward(folder):
     assert np.mean(differences) < 0.1  # weights of std 0.2 exaggerate bfloat16's rounding
 
 
-def test_completions_do_not_depend_on_the_batch(folder):
+@pytest.mark.parametrize("cache, kernels", DECODERS)
+def test_completions_do_not_depend_on_the_batch(folder, cache, kernels):
     asked = requests()
-    together = generate(TorchEngine(folder), asked)
-    narrow = generate(TorchEngine(folder, max_batch=2), asked[::-1])[::-1]
+    together = generate(TorchEngine(folder, cache=cache, kernels=kernels), asked)
+    narrow = generate(TorchEngine(folder, cache=cache, kernels=kernels, max_batch=2), asked[::-1])[::-1]
     for a, b in zip(together, narrow, strict=True):
         assert a.tokens == b.tokens
         assert np.abs(np.array(a.logprobs) - np.array(b.logprobs)).max() < 1e-5
 
 
-def test_the_same_calls_give_the_same_bits(folder):
-    first, second = (generate(TorchEngine(folder, max_batch=5), requests()) for _ in range(2))
-    assert first == second
+def test_native_logits_have_the_same_bits_in_every_batch(folder):
+    """Alone or together, prefilled or decoded, on one thread or two."""
+    engine = TorchEngine(folder)
+    rollouts = generate(engine, requests(prompts=5, samples=4, tokens=20))
+    sequences = [[*r.prompt_tokens, *r.tokens] for r in rollouts]
+    engine.decoder.threads = 2
+    together = engine.score(sequences)
+    for r, sequence, scores in zip(rollouts, sequences, together, strict=True):
+        assert (engine.score([sequence])[0] == scores).all()
+        assert np.abs(scores[-20:] - np.array(r.logprobs, np.float32)).max() < 1e-6  # the same logits, another softmax
+
+
+def test_auto_takes_native_kernels_only_where_they_fit(folder, tmp_path):
+    make_v3(tmp_path, kv_lora_rank=16)  # the latent is smaller than 4 heads x (12 + 12)
+    assert type(TorchEngine(folder).decoder).__name__ == "NativeDecoder"
+    assert type(TorchEngine(tmp_path).decoder).__name__ == "V3Decoder"
+    assert type(TorchEngine(folder, dtype="bfloat16").decoder).__name__ == "V3Decoder"
+    with pytest.raises(ValueError, match="native kernels compute float32"):
+        TorchEngine(folder, dtype="bfloat16", kernels="native")
+
+
+def test_without_a_compiler_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(library.CompilerMissing, match="need a C\\+\\+ compiler.*kernels='torch'"):
+        library.build()
 
 
 def test_seed_prompt_and_sample_key_the_noise(folder):
@@ -165,11 +196,11 @@ def test_seed_prompt_and_sample_key_the_noise(folder):
     assert len({tuple(generate(engine, [request])[0].tokens) for request in asked}) == 4
 
 
-@pytest.mark.parametrize("cache", ["latent", "expanded"])
-def test_an_interrupted_rollout_continues_as_if_nothing_had_happened(folder, cache):
+@pytest.mark.parametrize("cache, kernels", DECODERS)
+def test_an_interrupted_rollout_continues_as_if_nothing_had_happened(folder, cache, kernels):
     asked = requests(tokens=20)
-    whole = generate(TorchEngine(folder, cache=cache), asked)
-    engine = TorchEngine(folder, max_batch=7, cache=cache)
+    whole = generate(TorchEngine(folder, cache=cache, kernels=kernels), asked)
+    engine = TorchEngine(folder, max_batch=7, cache=cache, kernels=kernels)
     engine.submit(asked)
     for _ in range(6):
         engine._step()
@@ -180,7 +211,8 @@ def test_an_interrupted_rollout_continues_as_if_nothing_had_happened(folder, cac
     again = generate(engine, [Request(r.prompt_id, r.sample, r.prompt_tokens, r.sampling, partial[r.id]) for r in asked])
     for a, b in zip(whole, again, strict=True):
         assert a.tokens == b.tokens and b.finish_reason == "length" and b.versions == [(0, 20)]
-        assert np.abs(np.array(a.logprobs) - np.array(b.logprobs)).max() < 1e-5
+        bound = 0.0 if kernels == "native" else 1e-5
+        assert np.abs(np.array(a.logprobs) - np.array(b.logprobs)).max() <= bound
 
 
 def test_versions_say_which_policy_sampled_each_token(folder):
