@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045 (read by Typer at run time)
+    list[str] | None,
     typer.Argument(help="changes to it, for example steps=20 optimizer.lr=1e-6", metavar="A.B=C", show_default=False),
 ]
 
@@ -32,9 +32,18 @@ Overrides = Annotated[
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved run, its placement and memory; check that the cluster can hold it.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one.")] = False,
-    from_dump: Annotated[Optional[Path], typer.Option(help="Only train: one step on what `rlzero generate --dump` saved.")] = None,  # noqa: UP045
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved run, its placement and memory; check that the cluster can hold it."
+        ),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one.")
+    ] = False,
+    from_dump: Annotated[
+        Path | None, typer.Option(help="Only train: one step on what `rlzero generate --dump` saved.")
+    ] = None,
 ) -> None:
     """Run reinforcement learning as CONFIG describes it."""
     from rlzero.config import Config
@@ -57,7 +66,9 @@ def train(
 def generate(
     config: ConfigFile,
     overrides: Overrides = None,
-    dump: Annotated[Path, typer.Option(help="JSON-lines file to write the scored groups to.", show_default=False)] = ...,
+    dump: Annotated[
+        Path, typer.Option(help="JSON-lines file to write the scored groups to.", show_default=False)
+    ] = ...,
     resume: Annotated[bool, typer.Option("--resume", help="With the weights of the run's newest checkpoint.")] = False,
 ) -> None:
     """Only write and score the completions of one step, without training."""
@@ -73,8 +84,10 @@ def generate(
 def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
-    policy: Annotated[Optional[Path], typer.Option(help="A model, checkpoint or run to evaluate instead of policy.path.")] = None,  # noqa: UP045
-    output: Annotated[Optional[Path], typer.Option(help="JSON-lines file for every completion with its scores.")] = None,  # noqa: UP045
+    policy: Annotated[
+        Path | None, typer.Option(help="A model, checkpoint or run to evaluate instead of policy.path.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON-lines file for every completion with its scores.")] = None,
 ) -> None:
     """pass@1, pass@k and cons@k on the held-out questions of CONFIG."""
     from rlzero import launch
@@ -90,6 +103,42 @@ def evaluate(
 
 
 @app.command()
+def score(
+    file: Annotated[Path, typer.Argument(help="JSON lines, one completion each", show_default=False)],
+    reward: Annotated[
+        list[str],
+        typer.Option(help="Address, package.module:function or ./file.py:function; may be given several times."),
+    ],
+    output: Annotated[Path | None, typer.Option(help="JSON-lines file for every completion's verdicts.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; all cores if not given.")] = None,
+    completion: Annotated[str, typer.Option(help="Column of the completion.")] = "completion",
+    label: Annotated[str, typer.Option(help="Column that says whether it is right, for a confusion table.")] = "label",
+    explain: Annotated[
+        int | None, typer.Option(help="Only this line, with what was extracted and which rule decided.")
+    ] = None,
+) -> None:
+    """Try rewards on a file of completions, without a model."""
+    from rewards.load import RewardError
+    from rewards.score_file import explain as explain_line
+    from rewards.score_file import score_file
+    from rlzero.display import counting
+    from rlzero.reading import UsageError
+
+    try:
+        if explain is not None:
+            for address in reward:
+                typer.echo(explain_line(file, address, explain, completion))
+            return
+        with counting("scoring") as progress:
+            result = score_file(
+                file, reward, output, workers=workers, completion=completion, label=label, progress=progress
+            )
+    except RewardError as error:
+        raise UsageError(str(error)) from error
+    typer.echo(str(result))
+
+
+@app.command()
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Memory, placement and work of a run, without starting anything."""
     from rlzero.config import Config
@@ -98,7 +147,9 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="folder of a run, for example runs/demo", show_default=False)]) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="folder of a run, for example runs/demo", show_default=False)],
+) -> None:
     """Write report.html and summary.json of a run."""
     _show_report(run_dir)
 
@@ -107,11 +158,11 @@ def report(run_dir: Annotated[Path, typer.Argument(help="folder of a run, for ex
 def export(
     source: Annotated[Path, typer.Argument(help="a run, a checkpoint or a model folder", show_default=False)],
     target: Annotated[Path, typer.Argument(help="new folder", show_default=False)],
-    dtype: Annotated[Optional[str], typer.Option(help="float32 or bfloat16; as it is if not given")] = None,  # noqa: UP045
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as it is if not given")] = None,
 ) -> None:
     """Write a checkpoint as a plain Hugging Face folder."""
-    from rlzero.config import UsageError
     from rlzero.export import export as write
+    from rlzero.reading import UsageError
 
     if dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype {dtype}: expected float32 or bfloat16")
@@ -134,8 +185,8 @@ def _numbers(line: dict[str, float]) -> str:
 
 def _show_plan(config, resolved: bool) -> None:
     from rlzero import cluster
-    from rlzero.config import UsageError
     from rlzero.plan import describe, make_plan, shortage
+    from rlzero.reading import UsageError
 
     if resolved:
         typer.echo(config.resolved_yaml())
@@ -181,8 +232,8 @@ def main() -> None:
 
 
 def _is_usage(error: Exception) -> bool:
-    config = sys.modules.get("rlzero.config")  # not loaded: then nothing of it can have been raised
-    return config is not None and isinstance(error, config.UsageError)
+    reading = sys.modules.get("rlzero.reading")  # not loaded: then nothing of it can have been raised
+    return reading is not None and isinstance(error, reading.UsageError)
 
 
 def _message(error: Exception) -> str:

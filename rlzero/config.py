@@ -9,22 +9,19 @@ optimizer steps, so its 10,400 steps of 16 minibatches each are 650 here.
 
 from __future__ import annotations
 
-import copy
-import difflib
 import json
-import re
-import types
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rlzero.reading import Conflict, read_config
 from trainer.losses import LossOptions
 from trainer.optimizer import OptimizerOptions
 from trainer.policy import PolicyOptions
+
 
 class _Section(BaseModel):
     """What every part of a config has in common: immutable, and an unknown key is an error."""
@@ -40,7 +37,8 @@ Positive = Annotated[int, Field(gt=0)]
 
 class Data(_Section):
     """Where questions come from. A source is `countdown`, a path to a JSON-lines file, or `module:function` (also
-    `file.py:function`) that returns rows and is called with the params, and with `seed` and `split` if it takes them."""
+    `file.py:function`) that returns rows; it is called with the params, and with `seed` and `split` if it takes them.
+    """
 
     train: str
     evaluation: str | None = None  # held-out questions; none means no evaluation
@@ -129,6 +127,15 @@ class Cluster(_Section):
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
+# Fields of the trainer's records that a run of reinforcement learning does not leave to the user.
+NOT_CONFIGURED = {
+    "policy.init": "reinforcement learning starts from a trained model; set policy.path to its folder",
+    "policy.tokenizer": "a run takes the tokenizer in the folder of policy.path; leave it out",
+    "optimizer.total_steps": "follows from steps and batch.minibatches; leave it out",
+}
+UNTRUNCATED = "RL samples from the policy itself, untruncated; only evaluation.top_p can be set"
+
+
 class Config(_Section):
     """A run of reinforcement learning, complete and checked."""
 
@@ -169,7 +176,13 @@ class Config(_Section):
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
         """The run that `path` and the overrides describe. Raises `ConfigError` with every mistake found."""
-        return read_config(cls, path, overrides, conflicts)
+        return read_config(
+            cls,
+            path,
+            overrides,
+            conflicts,
+            NOT_CONFIGURED | {"rollout.top_p": UNTRUNCATED, "rollout.top_k": UNTRUNCATED},
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -177,32 +190,14 @@ class Config(_Section):
 
     def resolved_yaml(self) -> str:
         """Every field with its value; reading this text again gives an equal config."""
-        tree = self.model_dump(mode="json", exclude=NOT_CONFIGURED)
+        tree = self.model_dump(mode="json")
+        for name in NOT_CONFIGURED:
+            section, _, key = name.partition(".")
+            del tree[section][key]
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-class UsageError(Exception):
-    """Something the user wrote is wrong. Commands print it without a traceback and exit with 2."""
-
-
-class ConfigError(UsageError):
-    """All mistakes of one config; `problems` holds one line each."""
-
-    def __init__(self, source: str, problems: list[str]):
-        self.problems = problems
-        count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-        super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {problem}" for problem in problems))
-
-
 # --- mistakes that no single field shows ------------------------------------------------------------------------------
-
-# Fields of the trainer's records that a run of reinforcement learning does not leave to the user.
-NOT_CONFIGURED = {"policy": {"init", "tokenizer"}, "optimizer": {"total_steps"}}
-
-Conflict = tuple[tuple[str, ...], str]  # the fields involved, what is wrong and what to do
 
 
 def conflicts(config: Config) -> Iterator[Conflict]:
@@ -229,10 +224,9 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             f"batch.tokens_per_micro_batch: {batch.tokens_per_micro_batch} cannot hold one sample of "
             f"data.max_prompt_tokens {data.max_prompt_tokens} + rollout.max_tokens {rollout.max_tokens} = {longest}",
         )
-    if config.policy.init is not None:
-        yield ("policy.init",), "policy.init: reinforcement learning starts from a trained model; set policy.path to its folder"
-    if config.policy.tokenizer is not None:
-        yield ("policy.tokenizer",), "policy.tokenizer: a run takes the tokenizer in the folder of policy.path; leave it out"
+    for name in ("init", "tokenizer"):
+        if getattr(config.policy, name) is not None:
+            yield (f"policy.{name}",), f"policy.{name}: {NOT_CONFIGURED[f'policy.{name}']}"
     context = policy_context(config.policy.path)
     if context is not None and longest > context:
         yield (
@@ -241,13 +235,8 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             f"{rollout.max_tokens} = {longest} is longer than the policy's context of {context} tokens "
             f"(max_position_embeddings of {config.policy.path})",
         )
-    updates = config.steps * batch.minibatches
-    if config.optimizer.total_steps not in (None, updates):
-        yield (
-            ("optimizer.total_steps", "steps", "batch.minibatches"),
-            f"optimizer.total_steps: {config.optimizer.total_steps}, but the run makes {config.steps} steps x "
-            f"{batch.minibatches} minibatches = {updates} updates; leave it out, it follows from those",
-        )
+    if config.optimizer.total_steps not in (None, config.steps * batch.minibatches):
+        yield ("optimizer.total_steps",), f"optimizer.total_steps: {NOT_CONFIGURED['optimizer.total_steps']}"
     if algorithm.overlong_buffer_tokens >= rollout.max_tokens:
         yield (
             ("algorithm.overlong_buffer_tokens", "rollout.max_tokens"),
@@ -287,195 +276,3 @@ def policy_context(path: str | None) -> int | None:
     except (OSError, ValueError, AttributeError):  # loading the policy reports a broken folder better than we can
         return None
     return context if isinstance(context, int) else None
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-Model = typing.TypeVar("Model", bound=BaseModel)
-
-
-def read_config(model: type[Model], path: str | Path, overrides: Sequence[str] = (), conflicts=None) -> Model:
-    """A `model` from the YAML at `path` with `a.b=c` overrides laid over it. `conflicts(instance)` yields
-    contradictions between fields. Raises `ConfigError` naming all mistakes at once."""
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    problems: list[str] = []
-    tree = _parse(text, str(path))
-    for override in overrides:
-        _override(tree, override, problems)
-    instance = _validate(model, tree, problems, conflicts)
-    if problems:
-        raise ConfigError(str(path), problems)
-    assert instance is not None
-    return instance
-
-
-def _validate(model: type[Model], tree: dict, problems: list[str], conflicts) -> Model | None:
-    """Validates `tree`; on mistakes it goes on with what is left, so that contradictions elsewhere show as well."""
-    broken: set[str] = set()
-    try:
-        instance = model.model_validate(tree)
-    except ValidationError as error:
-        mistakes = [m for m in error.errors() if not _follows(m, error.errors())]
-        pruned = copy.deepcopy(tree)
-        for mistake in mistakes:
-            problems.append(_describe(model, mistake))
-            broken.add(_dotted(mistake["loc"]))
-            _remove(pruned, mistake["loc"])
-        try:
-            instance = model.model_validate(pruned)
-        except ValidationError:  # a required field is among the broken ones: nothing left to compare
-            return None
-    if conflicts is not None:
-        for fields, message in conflicts(instance):
-            if not any(field == b or field.startswith(b + ".") for field in fields for b in broken):
-                problems.append(message)
-    return instance
-
-
-def _follows(item: dict, items: list[dict]) -> bool:
-    """Whether one of pydantic's errors only follows from another: a list counts as too short when an entry is bad."""
-    loc = item["loc"]
-    return item["type"] == "too_short" and any(i["loc"][: len(loc)] == loc and i["loc"] != loc for i in items)
-
-
-def _describe(model: type[BaseModel], item: dict) -> str:
-    """One line for one of pydantic's errors, with the nearest known name for an unknown key."""
-    name = _dotted(item["loc"])
-    if item["type"] == "extra_forbidden":
-        if item["loc"][-2:] in (("rollout", "top_p"), ("rollout", "top_k")):
-            return f"{name}: RL samples from the policy itself, untruncated; only evaluation.top_p can be set"
-        return f"{name}: unknown key{_nearest(name, known_names(model))}"
-    if item["type"] == "missing":
-        return f"{name}: missing, and it has no default"
-    found = "" if isinstance(item["input"], dict | list) else f", found {item['input']!r}"
-    message = item["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if item["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
-        return f"{name}: must be one of {', '.join(choices)}{found}{_nearest(str(item['input']), choices)}"
-    return f"{name}: {message}{found}"
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean X?` for the known name nearest to `name`: first in its own section, then anywhere."""
-    parent, dot, leaf = name.rpartition(".")
-    section = ".".join(part for part in parent.split(".") if not part.isdigit())  # rewards.0.fn stands under rewards
-    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
-    if match := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6):
-        return f"; did you mean {parent}{dot}{match[0]}?"
-    elsewhere = {k.rpartition(".")[2]: k for k in reversed(known)}
-    if match := difflib.get_close_matches(leaf, elsewhere, n=1, cutoff=0.8):
-        return f"; did you mean {elsewhere[match[0]]}?"
-    return f"; known in {parent}: {', '.join(siblings)}" if parent and siblings else ""
-
-
-def known_names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all fields of `model`; the entries of a list of records stand under the list's own name."""
-    names: list[str] = []
-    for key, field in model.model_fields.items():
-        if key in NOT_CONFIGURED.get(prefix.rstrip("."), ()) and model in (PolicyOptions, OptimizerOptions):
-            continue
-        names.append(prefix + key)
-        inner = _record_type(field.annotation)
-        if inner is not None:
-            names += known_names(inner, f"{prefix}{key}.")
-    return names
-
-
-def _record_type(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside an annotation (`M`, `M | None`, `tuple[M, ...]`), if there is one."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation if issubclass(annotation, BaseModel) else None
-    return next((m for arg in typing.get_args(annotation) if (m := _record_type(arg)) is not None), None)
-
-
-def _dotted(loc: Sequence[str | int]) -> str:
-    return ".".join(str(part) for part in loc)
-
-
-def _remove(tree: Any, loc: Sequence[str | int]) -> None:
-    """Takes the value at `loc` out of nested dicts and lists, if it is there."""
-    for part in loc[:-1]:
-        try:
-            tree = tree[part]
-        except (KeyError, IndexError, TypeError):
-            return
-    if isinstance(tree, dict):
-        tree.pop(loc[-1], None)
-
-
-def _override(tree: dict, override: str, problems: list[str]) -> None:
-    """Sets one `a.b=c` in the nested dict; `c` is read as YAML, a number in the path is a list's index."""
-    name, equals, text = override.partition("=")
-    name = name.strip()
-    if not equals or not name or not all(name.split(".")):
-        problems.append(f"override {override!r}: expected the form section.key=value")
-        return
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        problems.append(f"override {override!r}: the value is not valid YAML ({_first_line(error)})")
-        return
-    node: Any = tree
-    *parents, leaf = name.split(".")
-    for depth, part in enumerate(parents):
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                problems.append(f"override {override!r}: {'.'.join(parents[:depth])} has {len(node)} entries, no {part}")
-                return
-            node = node[int(part)]
-        else:
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-        if not isinstance(node, dict | list):
-            problems.append(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-            return
-    if isinstance(node, list):
-        if not leaf.isdigit() or int(leaf) >= len(node):
-            problems.append(f"override {override!r}: {'.'.join(parents)} has {len(node)} entries, no {leaf}")
-            return
-        node[int(leaf)] = value
-    else:
-        node[leaf] = value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with two gaps closed: `1e-6` is a number, and a key given twice is an error instead of the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _parse(text: str, source: str) -> dict:
-    try:
-        tree = yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        raise ConfigError(where, [f"not valid YAML: {error.problem}"]) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(source, [f"not valid YAML: {_first_line(error)}"]) from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(source, [f"expected `key: value` lines, found a {type(tree).__name__}"])
-    return tree
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

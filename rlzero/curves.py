@@ -1,7 +1,7 @@
 """Plots as SVG text: lines over steps, and stacked bars. No plotting library, no script, no outside resource.
 
-Colours are CSS classes (`s0` ... `s6`, see `STYLE`), so one picture serves light and dark pages. Values that are None or
-NaN leave a gap.
+Colours are CSS classes (`s0` ... `s6`, see `STYLE`), so one picture serves light and dark pages. Values that are None
+or NaN leave a gap.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STYLE = (
     "svg.plot .grid{stroke:var(--line);stroke-width:1;}svg.plot .curve{fill:none;stroke-width:2;stroke-linejoin:round;}"
     "svg.plot .raw{fill:none;stroke-width:1;opacity:.35;}svg.plot .limit{stroke:var(--faint);stroke-dasharray:4 4;}"
     + "".join(
-        f"svg.plot .s{i}{{stroke:var(--s{i});}}svg.plot .f{i}{{fill:var(--s{i});}}svg.plot text.f{i}{{fill:var(--s{i});}}"
+        f"svg.plot .s{i}{{stroke:var(--s{i});}}svg.plot .f{i},svg.plot text.f{i}{{fill:var(--s{i});}}"
         for i in range(len(COLOURS))
     )
 )

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlzero.config import Config, UsageError
+from rlzero.config import Config
+from rlzero.reading import UsageError
 from rollout.engine import Prompt
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: no tokenizer could be loaded: {str(error).splitlines()[0]}\n"
@@ -331,7 +332,8 @@ def _check_columns(rows: Sequence[Row], columns: Sequence[str]) -> None:
             first = missing[0]
             raise DataError(
                 f"{first.where}: no column '{column}' (in {len(missing)} of {len(rows)} rows); found "
-                f"{', '.join(map(str, first.values)) or 'an empty object'}; set data.prompt_column or data.answer_column"
+                f"{', '.join(map(str, first.values)) or 'an empty object'}; "
+                "set data.prompt_column or data.answer_column"
             )
 
 

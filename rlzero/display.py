@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -44,9 +46,12 @@ class Display:
         self._note = "starting"
         self._began_s = time.monotonic()
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(40), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(40),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[eta]}"),
             console=self._console,
-        )  # fmt: skip
+        )
         self._task = self._progress.add_task(config.name, total=config.steps, eta="")
         self._live = Live(self, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
 
@@ -107,6 +112,19 @@ class Display:
     def _say(self, line: str) -> None:
         if not self._live:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, as a function of (done, total); nothing where that is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    columns = (TextColumn(title), BarColumn(40), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def evaluation_line(data: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Scored groups of one step as a JSON-lines file: `rlzero generate --dump` writes it, `rlzero train --from-dump` reads it.
+"""Scored groups of one step as a JSON-lines file, which `rlzero generate` writes and `rlzero train --from-dump` reads.
 
 The first line says what the file is; every further line is one group with all that the trainer will see of it. Floats
 are written with the digits that give the same float back.
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from rewards.score import Score
-from rlzero.config import UsageError
 from rlzero.groups import Group
+from rlzero.reading import UsageError
 from rollout.engine import Prompt, Rollout
 
 KIND = "rlzero dump 1"
@@ -45,7 +45,9 @@ def load(path: str | Path) -> list[Group]:
     except (IndexError, ValueError, KeyError, TypeError):
         kind = None
     if kind != KIND:
-        raise UsageError(f"{path}: not a dump of this release (expected a first line with kind '{KIND}', found {kind!r})")
+        raise UsageError(
+            f"{path}: not a dump of this release (expected a first line with kind '{KIND}', found {kind!r})"
+        )
     groups = []
     for number, line in enumerate(lines[1:], start=2):
         try:

@@ -1,8 +1,8 @@
 """pass@1 over n samples, unbiased pass@k and cons@k of held-out questions.
 
 The numbers come from pure functions over `Outcome`s; `write_and_score` is the driver that makes them with an engine
-and the run's rewards. What counts as correct is the verdict of the reward of the greatest weight that applies to the row, the first
-of equals: the task's own checker, rather than those of form beside it.
+and the run's rewards. What counts as correct is the verdict of the reward of the greatest weight that applies to the
+row, the first of equals: the task's own checker, rather than those of form beside it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Chance that at least one of k samples drawn without replacement from `samples`, of which `correct` are right,
     is right: 1 - C(n - c, k) / C(n, k), the unbiased estimate of arXiv 2107.03374, equation 1."""
     if not 0 <= correct <= samples or not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} of {samples} samples with {correct} correct: needs 0 <= correct <= n and 1 <= k <= n")
+        raise ValueError(
+            f"pass@{k} of {samples} samples with {correct} correct: needs 0 <= correct <= n and 1 <= k <= n"
+        )
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from rlzero.config import UsageError
+from rlzero.reading import UsageError
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -18,7 +18,9 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     newest = checkpoint.latest(path / "checkpoints")
     if newest is None:
-        raise UsageError(f"{path}: neither a model (no config.json) nor a run with a checkpoint (no checkpoints/step-N)")
+        raise UsageError(
+            f"{path}: neither a model (no config.json) nor a run with a checkpoint (no checkpoints/step-N)"
+        )
     return newest
 
 

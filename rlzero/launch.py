@@ -11,10 +11,11 @@ from rewards.runner import RewardRunner
 from rlzero import dump, loop
 from rlzero import evaluate as evaluation
 from rlzero.cluster import TrainerDied
-from rlzero.config import Config, UsageError
+from rlzero.config import Config
 from rlzero.data import load_prompts, load_tokenizer
 from rlzero.display import Display
 from rlzero.groups import Group, grade, to_samples
+from rlzero.reading import UsageError
 from rlzero.run import Interrupted, Run, checkpoints
 from rlzero.runlog import FILES, RunLog
 from rollout.engine import Sampling

@@ -62,7 +62,10 @@ def read_policy(folder: str | Path) -> Policy | None:
     layers = config.get("num_hidden_layers", 0)
     counts = {name: _product(shape) for name, shape in shapes.items() if not _extra_layer(name, layers)}
     routed = sum(n for name, n in counts.items() if ".experts." in name)
-    experts, chosen = config.get("n_routed_experts") or config.get("num_experts") or 0, config.get("num_experts_per_tok") or 0
+    experts, chosen = (
+        config.get("n_routed_experts") or config.get("num_experts") or 0,
+        config.get("num_experts_per_tok") or 0,
+    )
     embedding = sum(n for name, n in counts.items() if "embed_tokens" in name)
     idle = routed * (1 - chosen / experts) if experts else 0
     if config.get("kv_lora_rank"):
@@ -122,11 +125,11 @@ def describe(config: Config, plan: Plan | None, bundles: list[dict[str, float]])
     """The plan as lines of text: batch, memory, placement. `bundles` are the Ray resources, the trainer's first."""
     batch = config.batch
     lines = [
-        f"step       {batch.prompts} prompts x {batch.group_size} = {batch.prompts * batch.group_size} completions of up "
-        f"to {config.rollout.max_tokens} tokens, {batch.minibatches} updates; staleness {config.staleness}",
+        f"step       {batch.prompts} prompts x {batch.group_size} = {batch.prompts * batch.group_size} completions of "
+        f"up to {config.rollout.max_tokens} tokens, {batch.minibatches} updates; staleness {config.staleness}",
         f"run        {config.steps} steps, {config.steps * batch.minibatches} updates, into {config.run_dir}",
-        f"placement  trainer: {resources(bundles[0])}; {len(bundles) - 1} rollout worker(s): {resources(bundles[-1])} each; "
-        f"{config.reward_workers} reward processes",
+        f"placement  trainer: {resources(bundles[0])}; {len(bundles) - 1} rollout worker(s): {resources(bundles[-1])} "
+        f"each; {config.reward_workers} reward processes",
     ]
     if plan is None:
         return [*lines, f"memory     unknown: {config.policy.path} holds no weights (yet)"]
@@ -143,13 +146,15 @@ def shortage(config: Config, plan: Plan) -> str | None:
     """Why the memory of this machine cannot hold a run on it, or None. A run on a cluster is not judged."""
     if config.cluster.address is not None or config.device == "cuda":
         return None
-    exact = sum(v for k, v in plan.trainer.items() if "about" not in k) + plan.worker["weights"] * config.rollout.workers
+    exact = (
+        sum(v for k, v in plan.trainer.items() if "about" not in k) + plan.worker["weights"] * config.rollout.workers
+    )
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if exact <= there:
         return None
     return (
-        f"the run needs at least {size(exact)} for weights, gradients and optimizer, and this machine has {size(there)} "
-        "of memory; use a smaller policy, or a cluster (cluster.address)"
+        f"the run needs at least {size(exact)} for weights, gradients and optimizer, and this machine has "
+        f"{size(there)} of memory; use a smaller policy, or a cluster (cluster.address)"
     )
 
 

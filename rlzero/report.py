@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from rlzero import curves
-from rlzero.config import UsageError
 from rlzero.curves import Series, line_chart, percent, plain, stacked_bars
+from rlzero.reading import UsageError
 from rlzero.runlog import RunLog, read_lines
 
 __all__ = ["RunLog", "curve_svg", "summary", "write_report"]
@@ -87,7 +87,8 @@ def curve_svg(run_dir: str | Path, path: str | Path) -> Path:
 
 PAGE_STYLE = """
 *{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
+body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
 main{max-width:1240px;margin:0 auto;padding:28px 20px 60px}
 h1{font-size:26px;margin:0 0 2px}h2{font-size:18px;margin:34px 0 10px}
 .lead{font-size:17px;margin:0 0 18px;color:var(--faint)}.lead b{color:var(--ink)}
@@ -96,7 +97,8 @@ h1{font-size:26px;margin:0 0 2px}h2{font-size:18px;margin:34px 0 10px}
 .tile b{display:block;font-size:21px;line-height:1.25;font-variant-numeric:tabular-nums}
 .tile span{color:var(--faint);font-size:13px}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:12px}
-.wide{grid-column:1/-1}.plots svg{width:100%;height:auto;display:block}.note{color:var(--faint);font-size:13px;margin:4px 0 0}
+.wide{grid-column:1/-1}.plots svg{width:100%;height:auto;display:block}
+.note{color:var(--faint);font-size:13px;margin:4px 0 0}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:12px;align-items:start}
 .columns h3{margin:0 0 6px;font-size:15px}
 .question{color:var(--faint);white-space:pre-wrap;overflow-wrap:anywhere;margin:0 0 8px}
@@ -127,8 +129,9 @@ def _page(run_dir: Path, figures: dict[str, Any]) -> str:
     name = escape(str(figures["name"]))
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width,initial-scale=1'><meta name='color-scheme' content='light dark'>"
-        f"<title>{name}: rlzero run</title><style>{curves.VARIABLES}{curves.STYLE}{PAGE_STYLE}</style></head><body><main>"
+        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
+        f"<meta name='color-scheme' content='light dark'><title>{name}: rlzero run</title>"
+        f"<style>{curves.VARIABLES}{curves.STYLE}{PAGE_STYLE}</style></head><body><main>"
         f"<h1>{name}</h1><p class='lead'>{_lead(figures)}</p><div class='tiles'>{_tiles(figures, steps)}</div>"
         f"<h2>While it learned</h2><div class='plots'>{plots}</div>"
         "<p class='note'>A faint line is the value of each step, the strong one its running mean. Point at a mark or a "
@@ -143,7 +146,9 @@ def _lead(figures: dict[str, Any]) -> str:
     before, after = figures["pass_at_1_before"], figures["pass_at_1_after"]
     if before is None or after is None:
         return length
-    questions = f"{figures['evaluation_prompts']} held-out questions" if figures["evaluation_prompts"] else "held-out questions"
+    questions = (
+        f"{figures['evaluation_prompts']} held-out questions" if figures["evaluation_prompts"] else "held-out questions"
+    )
     return f"pass@1 on {questions}: <b>{100 * before:.1f} %</b> before, <b>{100 * after:.1f} %</b> after {length}."
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rlzero.config import UsageError
+from rlzero.reading import UsageError
 
 if TYPE_CHECKING:
     from rlzero.groups import Group
@@ -78,7 +78,11 @@ class RunLog:
         for name in FILES:
             path = self.dir / name
             lines = read_lines(path)
-            kept = [line for line in lines if line["step"] < step or (evaluations and name == "evals.jsonl" and line["step"] == step)]
+            kept = [
+                line
+                for line in lines
+                if line["step"] < step or (evaluations and name == "evals.jsonl" and line["step"] == step)
+            ]
             if len(kept) < len(lines):
                 _rewrite(path, kept)
         self._restart_trackers(step)
@@ -98,7 +102,9 @@ class RunLog:
     def _restart_trackers(self, purge_step: int | None) -> None:
         self.close()
         self._trackers = [
-            _TensorBoard(self.dir / "tensorboard", purge_step) if name == "tensorboard" else _Wandb(name, self.dir, self._config)
+            _TensorBoard(self.dir / "tensorboard", purge_step)
+            if name == "tensorboard"
+            else _Wandb(name, self.dir, self._config)
             for name in self._tracking
         ]
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from rewards.score import Score
 from rlzero import base_text, cli, dump
-from rlzero.config import Config, UsageError
+from rlzero.config import Config
 from rlzero.groups import Group
 from rlzero.plan import make_plan, read_policy
+from rlzero.reading import UsageError
 from rollout.engine import Prompt, Rollout
 from trainer.model.config import V3Config
 from trainer.policy import PolicyOptions, load_policy
@@ -34,8 +35,8 @@ def policy(tmp_path_factory):
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2,
         first_k_dense_replace=1, num_attention_heads=2, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
         n_group=2, topk_group=1, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=16, qk_rope_head_dim=64,
-        v_head_dim=16, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        num_nextn_predict_layers=1,
+        v_head_dim=16, max_position_embeddings=512, num_nextn_predict_layers=1,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     loaded = load_policy(PolicyOptions(init=vars(config), dtype="float32"), torch.device("cpu"), seed=0)
     loaded.save(folder)
@@ -51,7 +52,8 @@ def config_file(tmp_path, policy):
             {
                 "name": "tiny", "output_dir": str(tmp_path / "runs"), "steps": 2, "device": "cpu",
                 "policy": {"path": str(policy), "dtype": "float32"},
-                "data": {"train": "countdown", "evaluation": "countdown", "params": {"count": 16}, "max_prompt_tokens": 64},
+                "data": {"train": "countdown", "evaluation": "countdown", "params": {"count": 16},
+                         "max_prompt_tokens": 64},
                 "rewards": [{"fn": "rewards.countdown:countdown_reward"}, {"fn": "rewards.format:format_reward"}],
                 "batch": {"prompts": 2, "group_size": 2, "minibatches": 1, "tokens_per_micro_batch": 256},
                 "rollout": {"max_tokens": 8}, "evaluation": {"prompts": 2, "samples": 2},
@@ -209,7 +211,9 @@ def test_a_dump_reads_back_as_what_was_written(tmp_path):
     assert again == group
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "not a dump of this release"), ('{"kind": "rlzero dump 1"}\n{}\n', "d.jsonl:2")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "not a dump of this release"), ('{"kind": "rlzero dump 1"}\n{}\n', "d.jsonl:2")]
+)
 def test_a_file_that_is_no_dump_is_an_error(tmp_path, text, message):
     (tmp_path / "d.jsonl").write_text(text)
     with pytest.raises(UsageError, match=message):

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlzero.config import Config, ConfigError, known_names
+from rlzero.config import NOT_CONFIGURED, Config
+from rlzero.reading import ConfigError, known_names
 
 MINIMAL = """
 policy: {path: ./base}
@@ -46,12 +47,14 @@ def test_defaults_are_the_published_values_of_r1_zero(write):
 def test_a_config_has_at_most_80_fields():
     names = known_names(Config)
     leaves = [name for name in names if not any(other.startswith(name + ".") for other in names)]
+    leaves = [name for name in leaves if name not in NOT_CONFIGURED]
     assert len(leaves) <= 80, leaves
 
 
 def test_overrides_reach_nested_fields_lists_and_numbers_in_scientific_notation(write):
     config = Config.load(
-        write(MINIMAL), ["optimizer.lr=1e-6", "rewards.0.weight=0.5", "rollout.stop=['</answer>']", "data.params.count=7"]
+        write(MINIMAL),
+        ["optimizer.lr=1e-6", "rewards.0.weight=0.5", "rollout.stop=['</answer>']", "data.params.count=7"],
     )
     assert config.optimizer.lr == 1e-6 and config.rewards[0].weight == 0.5
     assert config.rollout.stop == ("</answer>",) and config.data.params == {"count": 7}
@@ -113,7 +116,7 @@ optimizer: {lr: fast}
         (["algorithm.overlong_buffer_tokens=40000"], "smaller than rollout.max_tokens"),
         (["device=cpu", "policy.recipe=fp8"], "fp8_emulated"),
         (["policy.init={vocab_size: 4}", "policy.path=null"], "starts from a trained model"),
-        (["optimizer.total_steps=3"], "it follows from those"),
+        (["optimizer.total_steps=3"], "follows from steps and batch.minibatches"),
         (["loss.aggregation=constant"], "constant_length"),
         (["name=a/b"], "should match pattern"),
     ],

@@ -113,7 +113,8 @@ def test_braces_in_a_question_are_left_alone(tokenizer):
 
 def test_a_chat_template_gets_the_question_as_the_users_turn():
     tokenizer = base_text.tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    turns = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
     text = prompts(tokenizer, 1, template="chat")[0].text
     assert text == "<user>Make 0 from 1, 0.<assistant>"
     several = [Row({"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]}, "x")]
@@ -152,7 +153,9 @@ def test_malformed_lines_are_listed_with_file_and_line(jsonl):
         read_jsonl(path)
     text = str(error.value)
     assert "4 bad lines" in text
-    assert "data.jsonl:2: malformed JSON at column" in text and "data.jsonl:4: expected a JSON object, found list" in text
+    assert (
+        "data.jsonl:2: malformed JSON at column" in text and "data.jsonl:4: expected a JSON object, found list" in text
+    )
     assert "data.jsonl:5: not UTF-8" in text and "data.jsonl:6: expected a JSON object, found str" in text
 
 
@@ -219,7 +222,10 @@ def test_an_unknown_parameter_of_a_generator_is_an_error():
 def test_a_generator_from_a_file_gets_params_and_seed(tmp_path):
     (tmp_path / "gen.py").write_text("def rows(n, seed):\n    return [{'prompt': f'{seed}/{i}'} for i in range(n)]\n")
     rows = load_rows(f"{tmp_path}/gen.py:rows", {"n": 2}, "train", seed=5)
-    assert [(r.values["prompt"], r.where.rpartition("/")[2]) for r in rows] == [("5/0", "gen.py:rows[0]"), ("5/1", "gen.py:rows[1]")]
+    assert [(r.values["prompt"], r.where.rpartition("/")[2]) for r in rows] == [
+        ("5/0", "gen.py:rows[0]"),
+        ("5/1", "gen.py:rows[1]"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,10 @@ def test_samples_without_an_answer_and_checker_errors_do_not_vote():
 def test_figures_equal_direct_counting():
     rng = random.Random(0)
     questions = [
-        [Outcome(rng.random() < 0.4, rng.choice(["a", "b", None]), rng.randint(1, 90), rng.random() < 0.2) for _ in range(8)]
+        [
+            Outcome(rng.random() < 0.4, rng.choice(["a", "b", None]), rng.randint(1, 90), rng.random() < 0.2)
+            for _ in range(8)
+        ]
         for _ in range(30)
     ]
     result = figures(questions)
@@ -113,7 +116,9 @@ class Echo:
     def completed(self, timeout_s: float | None = None) -> list[Rollout]:
         now, self.waiting = self.waiting[:3], self.waiting[3:]
         return [
-            Rollout(r.prompt_id, r.sample, r.prompt_tokens, [1], [0.0], [(0, 1)], "stop", self.texts[r.prompt_id][r.sample])
+            Rollout(
+                r.prompt_id, r.sample, r.prompt_tokens, [1], [0.0], [(0, 1)], "stop", self.texts[r.prompt_id][r.sample]
+            )
             for r in now
         ]
 

@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from rewards.score import Score
-from rlzero.config import Config, UsageError
+from rlzero.config import Config
 from rlzero.curves import Series, line_chart, running_mean, stacked_bars, ticks
 from rlzero.display import Display
 from rlzero.groups import Group
+from rlzero.reading import UsageError
 from rlzero.report import curve_svg, summary, write_report
 from rlzero.runlog import TEXT_KEPT, RunLog, read_lines
 from rollout.engine import Prompt, Rollout
@@ -24,7 +25,9 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def group(text: str, verdict: str = "correct") -> Group:
     rollout = Rollout("p", 0, (1,), [1, 2], [0.0, 0.0], [(0, 2)], "stop", text)
-    return Group(Prompt("p", "template", (1,), {"prompt": "Make 8 from 3, 5."}), [rollout], [[Score(1.0, verdict), None]])
+    return Group(
+        Prompt("p", "template", (1,), {"prompt": "Make 8 from 3, 5."}), [rollout], [[Score(1.0, verdict), None]]
+    )
 
 
 def step_line(step: int) -> dict:
@@ -53,7 +56,12 @@ def run_dir(tmp_path):
 def test_lines_are_json_with_null_for_what_is_no_number(tmp_path):
     log = RunLog(tmp_path)
     log.metrics({"step": 0, "reward_mean": math.nan, "kl": math.inf, "ok": 1.5})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "reward_mean": None, "kl": None, "ok": 1.5}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 0,
+        "reward_mean": None,
+        "kl": None,
+        "ok": 1.5,
+    }
 
 
 def test_a_resumed_run_takes_out_the_steps_it_does_again_and_keeps_the_evaluation_before_them(run_dir):
@@ -101,7 +109,9 @@ def test_tensorboard_gets_every_number(tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_named_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"wandb is named in the config but not installed; pip install 'rlzero\[tracking\]'"):
+    with pytest.raises(
+        UsageError, match=r"wandb is named in the config but not installed; pip install 'rlzero\[tracking\]'"
+    ):
         RunLog(tmp_path, ["wandb"])
 
 
@@ -191,7 +201,9 @@ def test_stacked_bars_are_as_high_as_their_sums():
     svg = ElementTree.fromstring(stacked_bars("t", [0, 1], {"a": [1.0, 2.0], "b": [3.0, None]}))
     bars = [[float(r.get("height")) for r in g.iter(f"{SVG}rect")] for g in svg.iter(f"{SVG}g")]
     assert [len(bar) for bar in bars] == [2, 1]
-    assert bars[0][1] / bars[0][0] == pytest.approx(3.0, abs=0.02) and sum(bars[0]) / bars[1][0] == pytest.approx(2.0, abs=0.02)
+    assert bars[0][1] / bars[0][0] == pytest.approx(3.0, abs=0.02) and sum(bars[0]) / bars[1][0] == pytest.approx(
+        2.0, abs=0.02
+    )
 
 
 def test_many_steps_are_averaged_into_few_bars():
@@ -205,7 +217,9 @@ def test_ticks_are_round_and_inside(low, high):
     assert 1 <= len(found) <= 8 and all(low <= t <= high for t in found)
     if len(found) > 1:
         step = found[1] - found[0]
-        assert float(f"{step:.0e}".split("e")[0]) in (1, 2, 5) or step / 10 ** math.floor(math.log10(step)) == pytest.approx(2.5)
+        assert float(f"{step:.0e}".split("e")[0]) in (1, 2, 5) or step / 10 ** math.floor(
+            math.log10(step)
+        ) == pytest.approx(2.5)
 
 
 def test_the_running_mean_is_centred_and_leaves_gaps():
