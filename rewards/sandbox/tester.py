@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ast
 import builtins
+import mmap
 import os
 import random
 import sys
+import types
 
 from . import values
 from .job import CANDIDATE_ENDED, PARENT, PEER, describe
@@ -193,6 +195,12 @@ def candidate_names(tests: list[str], known: set[str]) -> list[str]:
     return found or list(dict.fromkeys(name for name in outermost if name not in bound))
 
 
+def _names(programs: list[types.CodeType]) -> set[str]:
+    """Every name that compiled code or the functions in it look up."""
+    inner = [constant for one in programs for constant in one.co_consts if isinstance(constant, types.CodeType)]
+    return {name for one in programs for name in one.co_names} | (_names(inner) if inner else set())
+
+
 def run(task: dict) -> int:
     """Runs `task["tests"]` in order; one verdict frame each to the parent."""
     link = _Link(task["max_bytes"])
@@ -204,15 +212,15 @@ def run(task: dict) -> int:
         names = task["entries"] or candidate_names([task["prepare"], *task["tests"]], set(namespace))
         for name in names:
             namespace[name] = RemoteName(link, name)
-        for name in sys.stdlib_module_names:  # a test may lean on an import that its reference solution makes
-            if name in sys.modules:
-                namespace.setdefault(name, sys.modules[name])
         programs = [compile(test, "<test>", "exec", dont_inherit=True) for test in task["tests"]]
+        for name in _names(programs):  # a test may lean on an import that its reference solution makes
+            if name in sys.stdlib_module_names and name in sys.modules:
+                namespace.setdefault(name, sys.modules[name])
     except (SyntaxError, ImportError, NameError, ValueError) as error:
         values.write_frame(PARENT, {"test": task["first"], "broken": f"{type(error).__name__}: {error}"})
         return 0
     prepared = False
-    reserve = bytearray(8 << 20)  # given up when memory runs out, so that a verdict can still be written
+    reserve = mmap.mmap(-1, 8 << 20)  # given up when memory runs out, so that a verdict can still be written
     for number, program in enumerate(programs, task["first"]):
         link.test = number
         try:
@@ -222,7 +230,7 @@ def run(task: dict) -> int:
             exec(program, namespace)
             verdict = {"passed": True}
         except BaseException as error:  # noqa: BLE001 - any way for a test not to end normally is a failure
-            reserve.clear()
+            reserve.close()
             verdict = {"passed": False, "why": _why(error.with_traceback(None))}
         if link.calls == 0:  # nothing that the candidate did can be the reason
             verdict = {"broken": f"the test ended without calling the candidate: {verdict.get('why', 'it passed')}"}

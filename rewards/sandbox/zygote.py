@@ -33,6 +33,12 @@ _NOT_PRELOADED = {
     "mailcap", "msvcrt", "winreg", "winsound", "asynchat", "asyncore", "smtpd", "imp", "dbm", "_tkinter", "pty", "tty",
     "__main__", "site", "sitecustomize", "usercustomize",
 }  # fmt: skip
+# Not the national code pages: a job's fork pays for every page and mapping that is loaded here.
+_ENCODINGS = {
+    "aliases", "ascii", "base64_codec", "bz2_codec", "charmap", "cp1252", "cp437", "hex_codec", "idna", "latin_1",
+    "iso8859_1", "iso8859_15", "punycode", "quopri_codec", "raw_unicode_escape", "rot_13", "unicode_escape", "utf_16",
+    "utf_16_be", "utf_16_le", "utf_32", "utf_32_be", "utf_32_le", "utf_7", "utf_8", "utf_8_sig", "zlib_codec",
+}  # fmt: skip
 
 
 def _preload(extra: list[str]) -> None:
@@ -48,7 +54,7 @@ def _preload(extra: list[str]) -> None:
                 continue  # another platform's, or left out of this build of Python
         for package in ("collections", "concurrent.futures", "xml.etree", "json", "importlib", "encodings", "html"):
             for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-                if module.name not in ("mbcs", "oem", "cp65001"):
+                if package != "encodings" or module.name in _ENCODINGS:
                     importlib.import_module(f"{package}.{module.name}")
         import asyncio.runners  # noqa: F401
         import unittest.mock  # noqa: F401

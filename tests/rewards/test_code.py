@@ -147,7 +147,7 @@ def test_it_is_a_reward_like_any_other():
 
 
 def test_it_works_inside_the_runners_worker_processes():
-    good, bad, endless = (block(f"def add(a, b): {body}") for body in ("return a + b", "return 4", "while True: pass"))
+    good, bad, endless = (block(f"def add(a, b): {body}") for body in ("return a + b", "return 4", "\n    while True: pass"))
     spec = {"fn": "rewards.code:code_reward", "timeout": 20, "params": {"timeout_s": 0.5}}
     runner = RewardRunner([spec], workers=2)
     try:
