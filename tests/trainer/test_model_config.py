@@ -88,6 +88,19 @@ def test_names_without_mtp_are_those_of_the_main_model():
     assert "model.layers.1.mlp.gate.e_score_correction_bias" in main
 
 
+def test_a_tied_head_is_written_and_may_be_absent(tmp_path):
+    """Written for engines that know no tied heads; transformers leaves it out."""
+    model = random_model(CONFIGS["tied_head"])
+    tensors = dict(hf.named_checkpoint_tensors(model))
+    assert torch.equal(tensors["lm_head.weight"], model.embed)
+    del tensors["lm_head.weight"]
+    loaded = V3Model(CONFIGS["tied_head"])
+    hf.load_checkpoint_tensors(loaded, tensors.items())
+    assert torch.equal(loaded.embed, model.embed)
+    with pytest.raises(ValueError, match="differs: lm_head.weight"):
+        hf.load_checkpoint_tensors(loaded, [*tensors.items(), ("lm_head.weight", model.embed + 1)])
+
+
 def test_checkpoint_tensors_share_the_models_memory():
     """An engine in the same process may read them without a copy; loading writes through them."""
     model = random_model(TINY)

@@ -62,9 +62,7 @@ def test_attention_is_softmax_over_the_document_up_to_the_token(path, interleave
     kv = torch.randn(n, heads, nope + v, generator=generator).requires_grad_()
     k_pe = torch.randn(n, rope, generator=generator).requires_grad_()
     weight = torch.randn(n, heads, v, generator=generator)
-    out = attention.packed_attention(
-        q, kv, k_pe, turns(config, positions), group_documents(bounds), 0.3, interleave
-    )
+    out = attention.packed_attention(q, kv, k_pe, turns(config, positions), group_documents(bounds), 0.3, interleave)
     found = [out, *torch.autograd.grad((out * weight).sum(), (q, kv, k_pe))]
 
     def turned(x, position):

@@ -93,7 +93,11 @@ def test_zeros_and_the_least_numbers_stay_finite():
 
 def test_all_three_products_are_those_of_the_rounded_operands():
     n, inner, outer = 150, 200, 140
-    x, w, grad = random(n, inner).requires_grad_(), random(outer, inner, seed=1).requires_grad_(), random(n, outer, seed=2)
+    x, w, grad = (
+        random(n, inner).requires_grad_(),
+        random(outer, inner, seed=1).requires_grad_(),
+        random(n, outer, seed=2),
+    )
     y = matmul(x, w, "fp8_emulated")
     y.backward(grad)
     x8, w8 = rounded(x.detach(), 1, 128), rounded(w.detach(), 128, 128)

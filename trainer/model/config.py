@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+
 @dataclass(frozen=True)
 class V3Config:
     """A DeepSeek-V3 model. Raises `ValueError` with every violation at once when the fields do not fit together."""
@@ -98,9 +99,7 @@ class V3Config:
             values[name] = values.get(name) or 0
         for name in ("n_group", "topk_group"):
             values[name] = values.get(name) or 1
-        required = [
-            field.name for field in fields(cls) if field.name not in values and field.default is MISSING
-        ]
+        required = [field.name for field in fields(cls) if field.name not in values and field.default is MISSING]
         wrong += [f"{name} is missing" for name in required]
         if wrong:
             raise ValueError("config.json does not describe a DeepSeek-V3 model:\n  - " + "\n  - ".join(wrong))

@@ -42,8 +42,8 @@ def named_checkpoint_tensors(model: V3Model, mtp: bool = True) -> Iterator[tuple
         yield f"{prefix}.shared_head.norm.weight", layer.norm.weight.detach()
         yield f"{prefix}.shared_head.head.weight", (model.embed if model.head is None else model.head).detach()
     yield "model.norm.weight", model.norm.weight.detach()
-    if model.head is not None:
-        yield "lm_head.weight", model.head.detach()
+    # Of a tied model too: vLLM's DeepSeek classes know no tied head and would leave theirs unloaded.
+    yield "lm_head.weight", (model.embed if model.head is None else model.head).detach()
 
 
 _ATTENTION = {
@@ -92,7 +92,6 @@ def load_checkpoint_tensors(model: V3Model, tensors: Iterable[tuple[str, Tensor]
     shared = {name for name in places if name.endswith(".shared_head.head.weight") or ".embed_tokens." in name}
     shared.discard("model.embed_tokens.weight")
     if model.head is None:
-        places["lm_head.weight"] = model.embed.detach()
         shared.add("lm_head.weight")
     copies: dict[str, Tensor] = {}
     missing, wrong = set(places) - shared, []

@@ -57,9 +57,7 @@ class Router(nn.Module):
         return Routing(scores, experts, weights * c.routed_scaling_factor, load)
 
 
-def select_experts(
-    biased: Float[Tensor, "n experts"], n_group: int, topk_group: int, k: int
-) -> Int[Tensor, "n k"]:
+def select_experts(biased: Float[Tensor, "n experts"], n_group: int, topk_group: int, k: int) -> Int[Tensor, "n k"]:
     """The k best experts within the `topk_group` best groups; a group's score is the sum of its two best experts.
 
     Experts outside those groups are out of the question (-inf), as in DeepSeek's inference code and transformers 5.19.

@@ -29,9 +29,7 @@ def frequencies(config: V3Config) -> Float[Tensor, " pairs"]:
 
     def pair_that_turns(times: float) -> float:
         original = yarn["original_max_position_embeddings"]
-        return (
-            config.qk_rope_head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-        )
+        return config.qk_rope_head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low = max(math.floor(pair_that_turns(yarn.get("beta_fast") or 32)), 0)
     high = min(math.ceil(pair_that_turns(yarn.get("beta_slow") or 1)), config.qk_rope_head_dim - 1)
@@ -40,7 +38,9 @@ def frequencies(config: V3Config) -> Float[Tensor, " pairs"]:
     return plain / yarn["factor"] * slowed + plain * (1 - slowed)
 
 
-def rotation(config: V3Config, positions: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n pairs"], Float[Tensor, "n pairs"]]:
+def rotation(
+    config: V3Config, positions: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, "n pairs"], Float[Tensor, "n pairs"]]:
     """Cosine and sine of every pair's angle, float32 whatever the model's dtype, times YaRN's attention factor (1 for
     DeepSeek's own settings, where `mscale` equals `mscale_all_dim`)."""
     angles = positions.float()[:, None] * frequencies(config).to(positions.device)

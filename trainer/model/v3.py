@@ -77,9 +77,7 @@ class V3Model(nn.Module):
     """Weights are uninitialized until `init_weights` or `hf.load_folder` (so that it can be built on the meta
     device). `activation_checkpointing` recomputes every block in the backward pass."""
 
-    def __init__(
-        self, config: V3Config, recipe: Recipe = "bf16", activation_checkpointing: bool = False
-    ) -> None:
+    def __init__(self, config: V3Config, recipe: Recipe = "bf16", activation_checkpointing: bool = False) -> None:
         super().__init__()
         check_recipe(recipe)
         self.config = config
