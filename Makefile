@@ -44,9 +44,15 @@ help:
 	@echo "make test-gpu  run the tests that need a Hopper GPU, in the Python that is active"
 	@echo "make setup     only create $(VENV) with the rlzero command"
 
-demo: setup
+# Done twice it shows the first result again; `rm -r runs/demo` to train anew.
+demo: runs/demo-base/config.json
+	@echo "== training with reinforcement learning (configs/demo.yaml)"
+	$(BIN)/rlzero train configs/demo.yaml --resume
+
+runs/demo-base/config.json: configs/demo-base.yaml | $(VENV)/.core
+	@echo "== pre-training the base model (configs/demo-base.yaml)"
 	$(BIN)/rlzero pretrain configs/demo-base.yaml
-	$(BIN)/rlzero train configs/demo.yaml
+	@touch $@
 
 setup: $(VENV)/.core
 

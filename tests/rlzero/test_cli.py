@@ -87,7 +87,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert time.process_time() - began_s < 1
     assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr
-    for command in ("train", "generate", "eval", "plan", "report", "export", "pretrain"):
+    for command in ("train", "generate", "eval", "score", "plan", "report", "export", "pretrain"):
         assert re.search(rf"\b{command}\b", done.stdout), command
 
 
@@ -218,3 +218,30 @@ def test_a_file_that_is_no_dump_is_an_error(tmp_path, text, message):
     (tmp_path / "d.jsonl").write_text(text)
     with pytest.raises(UsageError, match=message):
         dump.load(tmp_path / "d.jsonl")
+
+
+def test_score_tells_verdicts_and_false_positives(monkeypatch, capsys, tmp_path):
+    rows = [("3+5", True), ("5+3", False), ("5-3", False)]
+    (tmp_path / "c.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {"completion": f"<think>x</think><answer>{a}</answer>", "numbers": [3, 5], "target": 8, "label": r}
+            )
+            + "\n"
+            for a, r in rows
+        )
+    )
+    arguments = ("score", tmp_path / "c.jsonl", "--reward", "rewards.countdown:countdown_reward")
+    code, out, err = run(monkeypatch, capsys, *arguments, "--workers", 1)
+    assert code == 0, err
+    assert "correct 2, wrong 1" in out and "label wrong: 1 rewarded (false positives), 1 not" in out
+    code, out, err = run(monkeypatch, capsys, *arguments, "--explain", 3)
+    assert code == 0 and "wrong" in out
+    code, out, err = run(monkeypatch, capsys, *arguments, "--completion", "text")
+    assert code == 2 and "line 1: no column 'text'" in err
+
+
+def test_a_run_larger_than_the_machine_is_refused(monkeypatch, capsys, config_file):
+    monkeypatch.setattr("os.sysconf", lambda name: 1000)
+    code, _, err = run(monkeypatch, capsys, "plan", config_file)
+    assert code == 2 and "for weights, gradients and optimizer, and this machine has 977 KiB of memory" in err
