@@ -141,7 +141,7 @@ def _next(iterator: object) -> object:
 
 _OPERATIONS: dict[str, Callable] = {
     "call": lambda owner, *arguments, **keywords: owner(*arguments, **keywords),
-    "get": getattr, "set": setattr, "iter": iter, "next": _next, "len": len,
+    "get": getattr, "set": setattr, "iter": iter, "next": _next, "len": len, "truth": bool,
     "item": lambda owner, key: owner[key],
     "set_item": lambda owner, key, value: owner.__setitem__(key, value),
     "contains": lambda owner, value: value in owner,

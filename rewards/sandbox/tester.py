@@ -100,11 +100,12 @@ class RemoteName:
 class Handle:
     """An object that stays in the candidate. It can be called, read, set, indexed and iterated; never compared."""
 
-    __slots__ = ("_link", "_number")
+    __slots__ = ("_link", "_number", "_truth")
 
     def __init__(self, link: _Link, number: int) -> None:
         object.__setattr__(self, "_link", link)
         object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_truth", None)
 
     def _ask(self, operation: str, *arguments: object, **keywords: object) -> object:
         link = object.__getattribute__(self, "_link")
@@ -144,7 +145,9 @@ class Handle:
             yield step[0]
 
     def __bool__(self) -> bool:
-        raise TypeError("an object of the candidate has no truth value here: compare a plain value")
+        if self._truth is None:  # asked once: an object cannot be true here and false there
+            object.__setattr__(self, "_truth", _exactly(bool, self._ask("truth")))
+        return self._truth
 
     def __eq__(self, other: object) -> bool:
         if other is None:

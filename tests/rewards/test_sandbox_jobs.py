@@ -177,12 +177,18 @@ def test_objects_of_the_candidate_can_be_used_but_not_compared(sandbox):
     good = [
         "s = Stack()\ns.push(1).push('b')\nassert len(s) == 2 and s[1] == 'b' and s.items == [1, 'b'] and 1 in s and 3 not in s",
         "s = Stack()\ns.items = [5]\nassert list(s.items) == [5] and s[0] == 5", "assert list(numbers()) == [1, 2]",
-        "s = Stack()\nassert s == s and s is not None and not s == None",
+        "s = Stack()\nassert s == s and s is not None and not s == None", "assert not Stack() and Stack().push(1)",
     ]  # fmt: skip
     bad = ["assert Stack() == 5", "assert Stack() == Stack()", "assert not Stack() != 5", "assert Stack()", "assert numbers() == [1, 2]"]
     entries = ("Stack", "numbers")
     assert outcomes(sandbox, code, AssertTests(good, entries), credit="share") == ["correct"] * len(good)
     assert outcomes(sandbox, code, AssertTests(bad, entries), credit="share") == ["wrong"] * len(bad)
+
+
+def test_an_object_is_not_true_here_and_false_there(sandbox):
+    code = "class C:\n    n = 0\n    def __bool__(self): C.n += 1; return C.n % 2 == 1\ndef f(): return C()"
+    assert outcomes(sandbox, code, AssertTests(["x = f()\nassert x and not x"])) == ["wrong"]
+    assert outcomes(sandbox, "import re\ndef f(s): return re.match('a', s)", AssertTests(["assert f('ab') and not f('b')"])) == ["correct"]
 
 
 def test_helpers_of_the_task_are_the_tasks_own(sandbox):
