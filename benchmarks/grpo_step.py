@@ -1,4 +1,4 @@
-"""Seconds per GRPO step, this project and TRL's GRPOTrainer on the same work, one after the other in one process.
+"""Seconds per GRPO step, this project and TRL's GRPOTrainer on the same work, taking turns in one process.
 
     python benchmarks/grpo_step.py [--json] [--steps 3] [--only ours|trl]
 
@@ -6,7 +6,7 @@ The work: one tiny DeepSeek-V3 model (float32), 32 prompts of 16 tokens, 8 compl
 same arbitrary rewards, GRPO averaged by sequence without a KL term, one AdamW update, new weights in the engine. TRL
 runs at the best of the settings tried: generation by transformers in one batch of 256, micro-batches of 32, eager
 attention and experts. The first step of each side is not counted; of the others the fastest is (a shared machine only
-ever makes a step slower), and all are printed.
+ever makes a step slower), and all are printed. TRL is needed by this program alone (extra `dev`).
 
 `generation` is the time in which completions are written, `update` all the rest of the step: rewards and advantages,
 loss, gradient, optimizer, metrics, and here the weight sync into the engine (TRL generates with the trained module).
@@ -15,12 +15,17 @@ loss, gradient, optimizer, metrics, and here the weight sync into the engine (TR
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import itertools
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,14 +110,15 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="<eos>", padding_side="left")
 
 
-def trl_steps(folder: str, steps: int) -> list[Step]:
-    """`steps` timed steps of TRL's trainer, after one that is not."""
+def trl_steps(folder: str, steps: int, between: Callable[[], None] = lambda: None) -> list[Step]:
+    """`steps` timed steps of TRL's trainer, after one that is not; `between` is called after each of them, outside
+    the timing."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     generation: list[float] = []
-    ends: list[float] = []
+    totals: list[float] = []
 
     class Timed(GRPOTrainer):
         def _generate(self, *args, **kwargs):
@@ -122,8 +128,15 @@ def trl_steps(folder: str, steps: int) -> list[Step]:
             return result
 
     class Clock(TrainerCallback):
+        start = 0.0
+
+        def on_train_begin(self, *args, **kwargs):
+            self.start = time.perf_counter()
+
         def on_step_end(self, *args, **kwargs):
-            ends.append(time.perf_counter())
+            totals.append(time.perf_counter() - self.start)
+            between()
+            self.start = time.perf_counter()
 
     def rewards(completion_ids, **_):
         assert all(len(ids) == NEW_TOKENS for ids in completion_ids), "a completion ended early: not the same work"
@@ -163,14 +176,14 @@ def trl_steps(folder: str, steps: int) -> list[Step]:
         trainer.train()
     if len(generation) != steps + 1:
         raise RuntimeError(f"TRL generated {len(generation)} times in {steps + 1} steps: not the work described above")
-    return [Step(generation[i], ends[i] - ends[i - 1]) for i in range(1, steps + 1)]
+    return [Step(g, t) for g, t in zip(generation[1:], totals[1:], strict=True)]
 
 
 # --- this project ----------------------------------------------------------------------------------------------------
 
 
-def our_steps(folder: str, steps: int, threads: int) -> list[Step]:
-    """`steps` timed steps of this project's engine and trainer, after one that is not."""
+def our_steps(folder: str, threads: int) -> Iterator[Step]:
+    """Timed steps of this project's engine and trainer, without end; the first is a warm-up."""
     from rlzero.advantages import grpo
     from rollout.engine import Request, Sampling, generate
     from rollout.torch_engine import TorchEngine
@@ -189,8 +202,7 @@ def our_steps(folder: str, steps: int, threads: int) -> list[Step]:
         threads=threads,
         device="cpu",
     )
-    timed = []
-    for step in range(steps + 1):
+    for step in itertools.count():
         start = time.perf_counter()
         sampling = Sampling(max_tokens=NEW_TOKENS, ignore_eos=True, seed=step)
         rollouts = generate(
@@ -206,11 +218,10 @@ def our_steps(folder: str, steps: int, threads: int) -> list[Step]:
         ]
         metrics = trainer.step([pack(samples, MICRO_BATCH * (PROMPT_TOKENS + NEW_TOKENS))])
         engine.update(iter(trainer.weights()), step + 1)
-        timed.append(Step(generated - start, time.perf_counter() - start))
+        end = time.perf_counter()
         if not metrics["gap"] < 1e-4:
             raise RuntimeError(f"engine and trainer differ by {metrics['gap']} nats a token: not one policy")
-    engine.close()
-    return timed[1:]
+        yield Step(generated - start, end - start)
 
 
 # --- side by side ----------------------------------------------------------------------------------------------------
@@ -248,26 +259,35 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--only", choices=("ours", "trl"), help="run one side and print its times")
     options = arguments.parse_args()
+    if options.only != "ours" and importlib.util.find_spec("trl") is None:
+        sys.exit("TRL is not installed: `pip install trl`, or give --only ours")
     torch.set_num_threads(options.threads)
 
     model = V3Model(MODEL)
     model.init_weights(0)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f} M parameters, {options.threads} threads, torch {torch.__version__}", file=sys.stderr)
-    ours = theirs = None
-    with tempfile.TemporaryDirectory() as folder:
+    ours: list[Step] = []
+    theirs: list[Step] = []
+    # TRL prints its metrics; standard output is for the result alone
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         save_folder(model, folder)
-        if options.only != "trl":
-            ours = our_steps(folder, options.steps, options.threads)
-            show("this project", ours)
-        if options.only != "ours":
-            import trl
-
+        turns = our_steps(folder, options.threads)
+        if options.only == "ours":
+            ours = list(itertools.islice(turns, options.steps + 1))
+        elif options.only == "trl":
             theirs = trl_steps(folder, options.steps)
-            show(f"TRL {trl.__version__}", theirs)
-    if ours is None or theirs is None:
+        else:
+            theirs = trl_steps(folder, options.steps, between=lambda: ours.append(next(turns)))
+        turns.close()
+    ours = ours[1:]
+    if ours:
+        show("this project", ours)
+    if theirs:
+        show("TRL", theirs)
+    if not ours or not theirs:
         return
-    results = compare(ours, theirs, f"TRL {trl.__version__} GRPOTrainer")
+    results = compare(ours, theirs, f"TRL {importlib.metadata.version('trl')} GRPOTrainer")
     if options.json:
         print(json.dumps([asdict(r) for r in results], indent=2))
     else:
