@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import re
+import threading
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -265,22 +266,26 @@ def _check_asserts(
             outcomes.append(Outcome("wrong", run.load or frame.get("why", "")))
     if run.load is not None:
         return [Outcome("wrong", run.load)] * (len(tests.tests) - first)
-    return outcomes or _unanswered(run, len(tests.tests) - first)
+    if run.end != "finished" or not outcomes:
+        outcomes += _unanswered(run, len(tests.tests) - first - len(outcomes))
+    return outcomes
 
 
 # -- the reward ----------------------------------------------------------------------------------------------------
 
 _sandboxes: dict[tuple[int, str], Sandbox] = {}
+_starting = threading.Lock()
 
 
 def _sandbox(isolation: str) -> Sandbox:
     """This process's sandbox: started at the first call, replaced when it failed."""
     key = (os.getpid(), isolation)
-    if key not in _sandboxes or _sandboxes[key].closed:
-        if not _sandboxes:
-            atexit.register(close)
-        _sandboxes[key] = Sandbox(isolation=isolation)
-    return _sandboxes[key]
+    with _starting:
+        if key not in _sandboxes or _sandboxes[key].closed:
+            if not _sandboxes:
+                atexit.register(close)
+            _sandboxes[key] = Sandbox(isolation=isolation)
+        return _sandboxes[key]
 
 
 def close() -> None:
@@ -298,25 +303,29 @@ def code_reward(
     prepare: str = "",
     *,
     language: str = "python",
+    fence: bool = True,
     credit: Credit = "all",
     float_tolerance: float | None = None,
-    timeout_s: float = 6.0,
-    total_s: float = 30.0,
+    timeout_s: float = 4.0,
+    total_s: float = 4.5,
     memory_mb: int = 512,
     isolation: str = "namespaces",
 ) -> Score:
     """1 when the completion's code passes `tests` (`parse_tests` lists the forms), else 0; with credit "share" the
     share of tests passed.
 
-    `timeout_s` is wall time a test, `total_s` of all tests. Verdicts: `unparsed` without a code block, `timeout` when
+    `timeout_s` is wall time a test, `total_s` of all tests: keep it below the timeout that a run gives this reward (5 s
+    by default), so that a slow answer ends here and not with its worker. `fence=False` takes the whole completion as
+    code (a base model that continues a prompt). Verdicts: `unparsed` without a code block, `timeout` when
     the first failure is one, `error` (value NaN, reason in `detail`) when the sandbox failed. Metrics: `passed_share`,
     `tests_run`. Raises `ValueError` for tests or options that make no sense.
     """
+    _check_language(language)
     if credit not in ("all", "share"):
         raise ValueError(f"credit is {credit!r}, expected 'all' or 'share'")
     parsed = parse_tests(tests, entry_point, setup, prepare)
     limits = Limits(timeout_s=timeout_s, total_s=total_s, memory_bytes=memory_mb << 20)
-    code = extract_code(completion, language)
+    code = extract_code(completion, language) if fence else completion
     if code is None:
         return Score(0.0, "unparsed", {"passed_share": 0.0}, "no closed code block where the answer belongs")
     try:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from . import values
 from .job import CANDIDATE_ENDED
-from .walls import Limits, MissingWall
+from .walls import Limits, MissingWall, cpu_seconds
 
 End = Literal["finished", "died", "timeout", "output"]
 START_S = 30.0  # for the zygote's imports, and for a job to put up its walls on an overloaded machine
@@ -237,4 +237,5 @@ def _end_all(control: Control, jobs: list[Job]) -> None:
 
 def killed_by_kernel(job: Job, limits: Limits) -> bool:
     """Whether something other than us and the CPU limit killed the job: the machine is out of memory."""
-    return job.ended and not job.killed and job.status == -signal.SIGKILL and job.cpu_s < limits.total_s
+    within = job.cpu_s < cpu_seconds(limits) - 0.1
+    return job.ended and not job.killed and job.status == -signal.SIGKILL and within

@@ -26,13 +26,13 @@ ALLOWED: dict[str, tuple[int, int]] = {
     "sendto": (44, 206), "recvfrom": (45, 207), "shutdown": (48, 210),
     # memory
     "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216),
-    "mincore": (27, 232), "madvise": (28, 233),
+    "madvise": (28, 233),
     # signals to itself and timers
     "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132),
     "restart_syscall": (219, 128), "getitimer": (36, 102), "setitimer": (38, 103), "alarm": (37, -1),
     # threads
     "futex": (202, 98), "set_robust_list": (273, 99), "get_robust_list": (274, 100), "rseq": (334, 293),
-    "set_tid_address": (218, 96), "sched_getaffinity": (204, 123), "membarrier": (324, 283), "getcpu": (309, 168),
+    "set_tid_address": (218, 96), "sched_getaffinity": (204, 123), "getcpu": (309, 168),
     # the clock, chance, and who am I
     "clock_gettime": (228, 113), "clock_getres": (229, 114), "gettimeofday": (96, 169), "time": (201, -1),
     "getrandom": (318, 278), "getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173), "getpgrp": (111, -1),

@@ -19,7 +19,7 @@ from typing import Literal
 
 from . import values
 from .exchange import START_S, Control, End, Job, SandboxError, exchange, killed_by_kernel
-from .walls import Limits, MissingWall
+from .walls import Limits, MissingWall, namespace_ids
 
 Isolation = Literal["namespaces", "bubblewrap"]
 _ENVIRONMENT = {  # nothing of ours, and strings hash alike in every run
@@ -88,7 +88,7 @@ class Sandbox:
             passed.callback(os.close, owner)
             config = {
                 "control": theirs.fileno(), "owner": owner, "preload": list(preload),
-                "namespaces": isolation == "namespaces",
+                "namespaces": isolation == "namespaces", "outside": namespace_ids(),
             }  # fmt: skip
             zygote = str(Path(__file__).with_name("zygote.py"))
             self._process = subprocess.Popen(

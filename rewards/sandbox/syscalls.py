@@ -5,6 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import sys
+
+if sys.platform != "linux":
+    raise ImportError(f"the code sandbox is made of Linux namespaces, landlock and seccomp; this is {sys.platform}")
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000,

@@ -97,6 +97,18 @@ def namespaces() -> None:
         syscalls.unshare(syscalls.CLONE_NEWPID)
 
 
+def namespace_ids() -> dict[str, int]:
+    """The namespaces of this process, by the name of their file under /proc."""
+    return {file: os.stat(f"/proc/self/ns/{file}").st_ino for file in ("user", "mnt", "net", "ipc", "pid")}
+
+
+def check_namespaces(outside: dict[str, int]) -> None:
+    """Under bubblewrap: every namespace must differ from the owner's."""
+    for file, number in namespace_ids().items():
+        if number == outside[file]:
+            raise MissingWall(f"{file} namespace", "bubblewrap left this process in its owner's")
+
+
 def empty_root() -> None:
     """Replaces the file system by an empty, read-only one. Everything needed later must be imported and open."""
     with _wall("mount namespace", _ADVICE):
@@ -109,12 +121,17 @@ def empty_root() -> None:
             raise OSError(f"the new root holds {os.listdir('/')}, expected nothing")
 
 
+def cpu_seconds(limits: Limits) -> int:
+    """The CPU time after which the kernel kills a job: a second line behind the deadline on the clock."""
+    return math.ceil(limits.total_s) + 1
+
+
 def rlimits(limits: Limits, interpreter_bytes: int) -> None:
     """Soft = hard, so nothing can be raised again. A hard limit below what the job was promised is a missing wall:
     the candidate would fail for our reasons."""
     wanted = {
         "AS": interpreter_bytes + limits.memory_bytes,
-        "CPU": math.ceil(limits.total_s) + 1,
+        "CPU": cpu_seconds(limits),
         "NPROC": limits.threads,
         "NOFILE": _OPEN_FILES,
         "STACK": _STACK_BYTES,

@@ -195,6 +195,8 @@ def main() -> None:
                 control.close()
                 os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
             syscalls.die_with_parent(signal.SIGKILL)
+        else:
+            walls.check_namespaces(config["outside"])
         _offer_to_oom_killer()
         zygote = Zygote(control, owner, config)
         if config["namespaces"]:

@@ -118,9 +118,16 @@ def test_floats_need_the_tolerance_that_the_task_gives():
     assert code_reward(answer, tests, float_tolerance=1e-9).verdict == "correct"
 
 
+def test_a_completion_without_fences_is_code_only_when_asked():
+    assert code_reward("def add(a, b): return a + b", ADD).verdict == "unparsed"
+    assert code_reward("def add(a, b): return a + b", ADD, fence=False).verdict == "correct"
+
+
 def test_options_that_make_no_sense_are_named():
     with pytest.raises(ValueError, match="supported: 'python'"):
         code_reward("x", ADD, language="cobol")
+    with pytest.raises(ValueError, match="supported: 'python'"):
+        code_reward("x", ADD, language="cobol", fence=False)
     with pytest.raises(ValueError, match="'all' or 'share'"):
         code_reward("x", ADD, credit="half")
 
@@ -167,11 +174,14 @@ def test_it_works_inside_the_runners_worker_processes():
 
 
 def human_eval(row: dict, body: str) -> Score:
-    return code_reward(block(row["prompt"] + body), row["test"], row["entry_point"], row["prompt"])
+    limits = {"timeout_s": 20, "total_s": 40}  # a busy machine is no reason to fail a reference
+    return code_reward(block(row["prompt"] + body), row["test"], row["entry_point"], row["prompt"], **limits)
 
 
 def mbpp(row: dict, text: str) -> Score:
-    return code_reward(block(text), row["test_list"] + row["challenge_test_list"], prepare=row["test_setup_code"])
+    limits = {"timeout_s": 20, "total_s": 40}
+    tests = row["test_list"] + row["challenge_test_list"]
+    return code_reward(block(text), tests, prepare=row["test_setup_code"], **limits)
 
 
 def test_human_eval_references_pass_and_empty_bodies_do_not():

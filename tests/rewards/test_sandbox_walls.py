@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -255,6 +256,23 @@ def test_too_little_memory_to_start_is_an_error_of_ours():
 def test_bubblewrap_without_the_program_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(SandboxError, match="bubblewrap wall is missing: no 'bwrap'"):
+        Sandbox(isolation="bubblewrap")
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="no 'bwrap' program: install bubblewrap to test this way")
+def test_bubblewrap_holds_the_same_jobs():
+    with Sandbox(isolation="bubblewrap") as sandbox:
+        code = "import os\ndef f(x):\n    try: return os.listdir('/')\n    except PermissionError: return x"
+        assert sandbox.call(code, "f", [((5,), {})]).frames == [{"value": 5}]
+        assert sandbox.call("def f(x):\n    while True: pass", "f", [((5,), {})], limits=Limits(timeout_s=0.3)).end == "timeout"
+
+
+def test_a_bubblewrap_that_isolates_nothing_is_named(tmp_path, monkeypatch):
+    fake = tmp_path / "bwrap"
+    fake.write_text('#!/bin/sh\nwhile [ "$1" != "--" ]; do shift; done\nshift\nexec "$@"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(SandboxError, match="the user namespace wall is missing: bubblewrap left this process"):
         Sandbox(isolation="bubblewrap")
 
 
