@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Written by a model that does not stop: nothing after one of these belongs to the completion.
+# Two patterns, each with a literal first character, because that is what `re` finds fast in a megabyte.
 _END = re.compile(
-    r"<\|im_end\|>|<\|im_start\|>|<\|endoftext\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|start_header_id\|>|<\|end\|>"
-    r"|<\|user\|>|<\|system\|>|</s>|<eos>|<end_of_turn>|<start_of_turn>|\[/?INST\]"
-    r"|<｜end▁of▁sentence｜>|<｜begin▁of▁sentence｜>|<｜User｜>"
+    r"<(?:\|(?:im_end|im_start|endoftext|eot_id|end_of_text|start_header_id|end|user|system)\|>|/s>|eos>|(?:end|start)_of_turn>"
+    r"|｜(?:end▁of▁sentence|begin▁of▁sentence|User)｜>)"
 )
+_INST = re.compile(r"\[/?INST\]")
+MAX_FINAL_CHARACTERS = 200_000
 # A turn that the model plays for somebody else. Looked for in the answer part only: reasoning may quote a dialogue.
 _TURN = re.compile(
-    r"^[ \t#*>]*(?:user|human|assistant|system|question|problem|instruction|q)[ \t*]*:"
-    r"|^#{1,6}[ \t]*(?:user|human|assistant|system|instruction|problem|question)\b", re.I | re.M
+    r"\n(?:[ \t#*>]*(?:user|human|assistant|system|question|problem|instruction|q)[ \t*]*:"
+    r"|#{1,6}[ \t]*(?:user|human|assistant|system|instruction|problem|question)\b)", re.I
 )
 
 # Spellings that a lenient reader would take for the tag, so that what is in them is not clearly the answer.
@@ -33,6 +35,15 @@ class Final:
     why: str
 
 
+def cut_at_end(completion: str) -> str:
+    """The completion up to the first end-of-sequence or turn token."""
+    for pattern in (_END, _INST):
+        found = pattern.search(completion)
+        if found:
+            completion = completion[: found.start()]
+    return completion
+
+
 def final_part(completion: str, answer_tag: AnswerTag = "auto", require_think: bool = False) -> Final:
     """What follows the last `</think>`, inside `<answer>` when the template has it (R1-Zero, arXiv 2501.12948).
 
@@ -40,12 +51,11 @@ def final_part(completion: str, answer_tag: AnswerTag = "auto", require_think: b
     any think tag is taken whole unless `require_think`; one whose reasoning is still open has no final part. The answer
     tag must then occur exactly once, opened before it is closed; `auto` takes the whole part when the tag is absent.
     """
-    text = completion
-    end = _END.search(text)
-    if end:
-        text = text[: end.start()]
+    text = cut_at_end(completion)
     first_close = text.find("</think>")
     answer_from = first_close + len("</think>") if first_close >= 0 else 0
+    if len(text) - max(answer_from, text.rfind("</think>")) > MAX_FINAL_CHARACTERS:
+        return Final(None, f"an answer part of more than {MAX_FINAL_CHARACTERS} characters")
     turn = _TURN.search(text, answer_from)
     while turn and not text[answer_from : turn.start()].strip():  # a label in front of the answer itself
         turn = _TURN.search(text, turn.end())
@@ -55,9 +65,9 @@ def final_part(completion: str, answer_tag: AnswerTag = "auto", require_think: b
     if last_close < 0 and (require_think or "<think>" in text):
         return Final(None, "the reasoning is not closed: no </think>")
     part = text[last_close + len("</think>") :] if last_close >= 0 else text
-    if _LOOSE_THINK.search(part):
+    if "<" in part and _LOOSE_THINK.search(part):
         return Final(None, "a think tag after the last </think>")
-    if len(_LOOSE_ANSWER.findall(part)) != part.count("<answer>") + part.count("</answer>"):
+    if "<" in part and len(_LOOSE_ANSWER.findall(part)) != part.count("<answer>") + part.count("</answer>"):
         return Final(None, "an answer tag in another spelling")
     opens, closes = part.count("<answer>"), part.count("</answer>")
     if answer_tag == "never" or (answer_tag == "auto" and opens == closes == 0):
@@ -70,8 +80,7 @@ def final_part(completion: str, answer_tag: AnswerTag = "auto", require_think: b
 
 def reasoning_part(completion: str) -> str:
     """What stands in front of the last `</think>`, without the opening tag; the whole text when there is no such tag."""
-    end = _END.search(completion)
-    text = completion[: end.start()] if end else completion
+    text = cut_at_end(completion)
     head, close, _ = text.rpartition("</think>")
     reasoning = head if close else text
     return reasoning.strip().removeprefix("<think>")

@@ -12,6 +12,7 @@ from rewards.math.rational import rational
 
 MAX_BOXES = 64
 MAX_BOX_CHARACTERS = 3_000
+_UNCLOSED = "a \\boxed{} that is not closed, or longer than an answer"
 
 Boxed = Literal["auto", "required"]
 
@@ -68,6 +69,9 @@ def find_answer(
         if boxed == "auto" and final.why == "inside <answer>" and answer_tag != "never":
             return Found(part.strip(), "the content of <answer>") if part.strip() else Found(None, "<answer> is empty")
         return Found(None, "no \\boxed{}")
+    last_box = part.rfind("\\boxed{")
+    if last_box >= 0 and _closing(part, last_box + len("\\boxed")) is None:  # before anything that takes long
+        return Found(None, _UNCLOSED)
     part = _HIDDEN.sub(" ", part)
     boxes: list[tuple[int, int, str]] = []  # start, end, content
     position = 0
@@ -76,7 +80,7 @@ def find_answer(
             return Found(None, "a \\boxed without braces")
         end = _closing(part, match.end())
         if end is None:
-            return Found(None, "a \\boxed{} that is not closed, or longer than an answer")
+            return Found(None, _UNCLOSED)
         boxes.append((match.start(), end + 1, part[match.end() + 1 : end]))
         position = end + 1
         if len(boxes) > MAX_BOXES:
