@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from rollout import sampler
 from rollout.decoder import raise_mismatches
 
 _ATTENTIONS = ("full_attention",)
@@ -101,6 +102,8 @@ class TransformersDecoder:
             cache[target] = cache[source]
 
     # the model
+
+    draw = staticmethod(sampler.draw)
 
     def _read(self, sequences: list[np.ndarray]) -> tuple[Float[Tensor, "documents longest vocab"], DynamicCache]:
         """Logits and caches of right-padded sequences: causal attention never looks at the padding behind."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from rollout.decode_v3 import collect
@@ -29,6 +29,7 @@ _SEQUENCE = np.dtype(
     + [(name, np.int32) for name in ("prefix", "first_token", "tokens", "position", "logits", "first_logit")],
     align=True,
 )
+_OF_ROW = ("prefix_keys", "prefix_values", "prefix_key_stride", "prefix_value_stride", "prefix", "keys", "values")
 
 
 @dataclass
@@ -60,9 +61,7 @@ class NativeDecoder:
         # them, 1 / rms(W_DKV x); the triangle R of W_DKV = QR gives it: |R x| = |W_DKV x|.
         self._fold = c.kv_lora_rank >= c.hidden_size and folded < apart
         self._raw: dict[str, Tensor] = {}
-        self._own: _Cache | None = None
-        self._prefixes: list[_Cache] = []
-        self._slots = np.zeros(0, np.int64)
+        self._forget()
 
     # weights
 
@@ -162,22 +161,33 @@ class NativeDecoder:
 
     def reserve(self, rows: int, context: int, completion: int) -> None:
         old, self._own = self._own, self._cache(completion, rows)
-        slots = np.arange(rows)
+        slots, table, prefixes = np.arange(rows), np.zeros(rows, _SEQUENCE), [None] * rows
         if old is not None:
             n, blocks, length = old.keys.shape[0], old.keys.shape[2], old.values.shape[2]
             self._own.keys[:n, :, :blocks], self._own.values[:n, :, :length] = old.keys, old.values
-            slots[:n] = self._slots
-        self._slots = slots
-        self._prefixes += [self._prefixes[-1] if self._prefixes else self._cache(0)] * (rows - len(self._prefixes))
-        self._sequences = np.zeros(rows, _SEQUENCE)
+            slots[:n], table[:n], prefixes[:n] = self._slots, self._table, self._prefixes
+        for name in ("keys", "values"):
+            own = getattr(self._own, name)
+            table[name] = own.data_ptr() + slots * (own.stride(0) * own.element_size())
+            table[f"{name[:-1]}_stride"] = own.stride(1)
+        table["first_token"] = table["first_logit"] = np.arange(rows)
+        table["tokens"] = table["logits"] = 1
+        self._slots, self._table, self._prefixes = slots, table, prefixes
 
     def release(self) -> None:
         self._raw, self._packed, self._layers, self._model = {}, [], None, None
-        self._own, self._prefixes, self._slots = None, [], np.zeros(0, np.int64)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._own: _Cache | None = None  # every row's own part
+        self._prefixes: list[_Cache | None] = []  # of each row
+        self._slots = np.zeros(0, np.int64)  # where in _own each row lies
+        self._table = np.zeros(0, _SEQUENCE)  # what a decoding step tells the library about each row
 
     def move(self, source: int, target: int) -> None:
-        self._slots[[source, target]] = self._slots[[target, source]]
-        self._prefixes[target] = self._prefixes[source]
+        for per_row in (self._slots, *(self._table[name] for name in _OF_ROW)):
+            per_row[[source, target]] = per_row[[target, source]]
+        self._prefixes[target], self._prefixes[source] = self._prefixes[source], None
 
     # the model
 
@@ -185,27 +195,32 @@ class NativeDecoder:
         logits, caches = self._read(contexts, every=False)
         for group, cache in zip(rows, caches, strict=True):
             for row in group:
-                self._prefixes[row] = cache
+                self._prefixes[row] = cache  # keeps it alive; freed with the last row that shares it
+            for name in ("keys", "values"):
+                self._table[f"prefix_{name}"][group] = getattr(cache, name).data_ptr()
+                self._table[f"prefix_{name[:-1]}_stride"][group] = getattr(cache, name).stride(0)
+            self._table["prefix"][group] = cache.length
         return logits
 
     def logits(self, sequences: list[np.ndarray]) -> Float[Tensor, "tokens vocab"]:
         return self._read(sequences, every=True)[0]
 
     def decode(self, tokens: Int[np.ndarray, " n"], positions: Int[np.ndarray, " n"]) -> Float[Tensor, "n vocab"]:
-        n = len(tokens)
-        s = np.zeros(n, _SEQUENCE)
-        prefixes = self._prefixes[:n]
-        for name in ("keys", "values"):
-            s[f"prefix_{name}"] = [getattr(p, name).data_ptr() for p in prefixes]
-            s[f"prefix_{name[:-1]}_stride"] = [getattr(p, name).stride(0) for p in prefixes]
-            own = getattr(self._own, name)
-            s[name] = own.data_ptr() + self._slots[:n] * (own.stride(0) * own.element_size())
-            s[f"{name[:-1]}_stride"] = own.stride(1)
-        s["prefix"] = [p.length for p in prefixes]
-        s["first_token"] = s["first_logit"] = np.arange(n)
-        s["tokens"] = s["logits"] = 1
-        s["position"] = positions
-        return self._run(tokens, s, int(positions.max()) + 1)
+        sequences = self._table[: len(tokens)]
+        sequences["position"] = positions
+        return self._run(tokens, sequences, int(positions.max()) + 1)
+
+    def draw(
+        self, logits: Float[Tensor, "n vocab"], temperature: Float[np.ndarray, " n"], noise: Float64[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        n = len(logits)
+        tokens, logprobs = np.empty(n, np.int64), np.empty(n, np.float32)
+        logits, temperature = logits.contiguous(), np.ascontiguousarray(temperature, np.float32)
+        self._library.draw(
+            n, self.vocab_size, logits.data_ptr(), temperature.ctypes.data, noise.ctypes.data, tokens.ctypes.data,
+            logprobs.ctypes.data,
+        )  # fmt: skip
+        return tokens, logprobs
 
     def _read(self, contexts: list[np.ndarray], every: bool) -> tuple[Float[Tensor, "wanted vocab"], list[_Cache]]:
         lengths = np.array([len(c) for c in contexts])

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rollout import sampler
 from rollout.decoder import pack, raise_mismatches
 from trainer.model.attention import LATENT_NORM_EPS
 from trainer.model.config import V3Config
@@ -221,6 +222,8 @@ class V3Decoder:
             cache[target] = cache[source]
 
     # the model
+
+    draw = staticmethod(sampler.draw)
 
     @torch.inference_mode()
     def prefill(self, contexts: list[np.ndarray], rows: list[list[int]]) -> Float[Tensor, "contexts vocab"]:

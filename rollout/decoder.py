@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 
@@ -46,6 +46,12 @@ class Decoder(Protocol):
 
     def move(self, source: int, target: int) -> None:
         """Row `target` becomes what row `source` was; `source` is free."""
+        ...
+
+    def draw(
+        self, logits: Float[Tensor, "n vocab"], temperature: Float[np.ndarray, " n"], noise: Float64[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """rollout.sampler.draw, or something faster that computes the same."""
         ...
 
     def logits(self, sequences: list[np.ndarray]) -> Float[Tensor, "tokens vocab"]:

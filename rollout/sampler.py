@@ -4,6 +4,8 @@ depends on who shares the batch, on time, or on whether the rollout was interrup
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -56,32 +58,65 @@ def truncate(
     return logprobs.masked_fill(torch.zeros_like(drop).scatter_(1, order, drop), float("-inf"))
 
 
-def sample(
-    logits: Float[Tensor, "n vocab"],
-    samplings: list[Sampling],
-    keys: UInt64[np.ndarray, " n"],
-    positions: Int[np.ndarray, " n"],
+def draw(
+    logits: Float[Tensor, "n vocab"], temperature: Float[np.ndarray, " n"], noise: Float64[np.ndarray, " n"]
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """The next token of every row and its log-probability log_softmax(logits / temperature), in float32 (of the whole
-    distribution, whatever top-p and top-k removed). Temperature 0 takes the most likely token and reports its
-    log-probability at temperature 1."""
-    logits = logits.float()
-    temperature = np.array([s.temperature for s in samplings], np.float32)
-    if (temperature != 1.0).any():
-        logits = logits / torch.from_numpy(np.where(temperature == 0, 1, temperature)).to(logits.device)[:, None]
-    logprobs = logits.log_softmax(-1)  # [n, vocab]
-    allowed = logprobs
-    if any(s.top_p < 1.0 or s.top_k > 0 for s in samplings):
-        top_p = torch.tensor([s.top_p for s in samplings], device=logits.device)
-        allowed = truncate(logprobs, top_p, torch.tensor([s.top_k for s in samplings], device=logits.device))
-    # Inverse of the cumulative distribution, in float64: one uniform per token, and a last-bit change of a logit
-    # moves the borders by a last bit.
+    """The token where the cumulative distribution of softmax(logits / temperature) passes `noise`, and its
+    log-probability, in float32 (the cumulative sum in float64: one uniform per token, and a last-bit change of a
+    logit moves a border by a last bit)."""
+    logprobs = _logprobs(logits, temperature)
+    return _invert(logprobs, logprobs, noise)
+
+
+def _logprobs(logits: Float[Tensor, "n vocab"], temperature: Float[np.ndarray, " n"]) -> Float[Tensor, "n vocab"]:
+    return (logits.float() / torch.from_numpy(temperature).to(logits.device)[:, None]).log_softmax(-1)
+
+
+def _invert(
+    logprobs: Float[Tensor, "n vocab"], allowed: Float[Tensor, "n vocab"], noise: Float64[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     mass = allowed.double().exp().cumsum(-1)  # [n, vocab]
     total = mass[:, -1:]
-    target = torch.from_numpy(uniforms(keys, positions)).to(logits.device)[:, None] * total
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))  # u * total may round up to total
-    tokens = torch.searchsorted(mass, target, right=True)[:, 0]
-    if (temperature == 0).any():
-        tokens = torch.where(torch.from_numpy(temperature == 0).to(logits.device), allowed.argmax(-1), tokens)
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-    return tokens.cpu().numpy(), chosen.cpu().numpy()
+    target = torch.from_numpy(noise).to(logprobs.device)[:, None] * total
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))  # noise * total may round to total
+    tokens = torch.searchsorted(mass, target, right=True)
+    return tokens[:, 0].cpu().numpy(), logprobs.gather(1, tokens)[:, 0].cpu().numpy()
+
+
+@dataclass
+class Settings:
+    """What `sample` needs of every row's Sampling, as arrays."""
+
+    temperature: Float[np.ndarray, " n"]
+    top_p: Float[np.ndarray, " n"]
+    top_k: Int[np.ndarray, " n"]
+
+    @staticmethod
+    def of(samplings: list[Sampling]) -> Settings:
+        return Settings(
+            np.array([s.temperature for s in samplings], np.float32),
+            np.array([s.top_p for s in samplings], np.float32),
+            np.array([s.top_k for s in samplings], np.int64),
+        )
+
+
+def sample(
+    logits: Float[Tensor, "n vocab"],
+    settings: Settings,
+    noise: Float64[np.ndarray, " n"],
+    draw: Callable[..., tuple[np.ndarray, np.ndarray]] = draw,
+) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """The next token of every row and its log-probability log_softmax(logits / temperature) of the whole
+    distribution, whatever top-p and top-k removed. Temperature 0 takes the most likely token and reports its
+    log-probability at temperature 1. `draw` draws the rows that neither truncate nor are greedy."""
+    greedy = settings.temperature == 0
+    if not greedy.any() and (settings.top_p == 1).all() and (settings.top_k == 0).all():
+        return draw(logits, settings.temperature, noise)
+    logprobs = _logprobs(logits, np.where(greedy, np.float32(1), settings.temperature))
+    top_p, top_k = (torch.from_numpy(x).to(logits.device) for x in (settings.top_p, settings.top_k))
+    tokens, chosen = _invert(logprobs, truncate(logprobs, top_p, top_k), noise)
+    if greedy.any():
+        best = logprobs.max(-1)
+        tokens = np.where(greedy, best.indices.cpu().numpy(), tokens)
+        chosen = np.where(greedy, best.values.cpu().numpy(), chosen)
+    return tokens, chosen

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+from jaxtyping import Int
 
 _BROKEN = "\ufffd"  # what a tokenizer shows for bytes that are not yet a whole character
 
@@ -35,7 +36,7 @@ class StopFinder:
         self.candidates = _may_complete(tokenizer, stop)
         self.window = 2 * max(len(s.encode()) for s in stop) + 8  # tokens: each adds a byte at least
 
-    def found(self, tokens: list[int]) -> bool:
+    def found(self, tokens: Int[np.ndarray, " n"]) -> bool:
         if tokens[-1] < len(self.candidates) and not self.candidates[tokens[-1]]:
             return False
         text = self.tokenizer.decode(tokens[-self.window :], skip_special_tokens=False)

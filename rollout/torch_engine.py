@@ -11,18 +11,19 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rollout.decoder import Decoder
 from rollout.engine import FinishReason, Request, Rollout
-from rollout.sampler import request_key, sample
+from rollout.rows import Rows
+from rollout.sampler import sample
 from rollout.stop import StopFinder
 
 log = logging.getLogger(__name__)
@@ -33,29 +34,6 @@ _CONTEXT_STEP = 64  # cache rows grow in steps of this many tokens
 
 class EngineUnusable(RuntimeError):
     """The engine is poisoned, asleep or closed."""
-
-
-@dataclass
-class _Running:
-    """A request that holds a cache row."""
-
-    request: Request
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[tuple[int, int]] = field(default_factory=list)
-    stop: StopFinder | None = None
-
-    def append(self, token: int, logprob: float, version: int) -> None:
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if self.versions and self.versions[-1][0] == version:
-            self.versions[-1] = (version, self.versions[-1][1] + 1)
-        else:
-            self.versions.append((version, 1))
-
-    @property
-    def context(self) -> np.ndarray:
-        return np.array([*self.request.prompt_tokens, *self.tokens], np.int64)
 
 
 def build_decoder(
@@ -141,11 +119,11 @@ class TorchEngine:
         self.max_batch = max_batch
         self.max_context = min(max_context or self.decoder.max_positions, self.decoder.max_positions)
         self.end_tokens = end_tokens(path)
+        self._end_tokens = np.array(sorted(self.end_tokens), np.int64)
         self.tokenizer = self._load_tokenizer(path)
         self._waiting: deque[Request] = deque()
-        self._running: list[_Running] = []  # row r of the decoder belongs to self._running[r]
+        self._rows = Rows()
         self._ended: list[Rollout] = []
-        self._keys = np.zeros(max_batch, np.uint64)
         self._unusable: str | None = None
         self._asleep: tempfile.TemporaryDirectory | None = None
         self._reserved = (0, 0, 0)  # rows, context and completion tokens of the decoder's caches
@@ -164,7 +142,7 @@ class TorchEngine:
     def submit(self, requests: list[Request]) -> None:
         """Queues requests. Raises ValueError, before it queues any, for one that cannot be served."""
         self._check()
-        busy = {r.request.id for r in self._running} | {r.id for r in self._waiting}
+        busy = {r.request.id for r in self._rows.running} | {r.id for r in self._waiting}
         for request in requests:
             self._validate(request)
             if request.id in busy:
@@ -181,8 +159,11 @@ class TorchEngine:
                 f"the prompt of request {request.id} has {len(prompt)} tokens, the engine's context holds "
                 f"{self.max_context} with at least one to write: shorten it or raise max_context"
             )
-        if not 0 <= min(prompt) <= max(prompt) < self.decoder.vocab_size:
+        partial = request.partial.tokens if request.partial else []
+        if not all(0 <= token < self.decoder.vocab_size for token in (*prompt, *partial)):
             raise ValueError(f"the prompt of request {request.id} has ids outside [0, {self.decoder.vocab_size})")
+        if request.partial and (request.partial.id, request.partial.prompt_tokens) != (request.id, prompt):
+            raise ValueError(f"request {request.id} continues another rollout's tokens: {request.partial.id}'s")
         if sampling.max_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
             raise ValueError(
                 f"request {request.id}: {sampling}: expected max_tokens >= 1, temperature >= 0, top_p in (0, 1] and "
@@ -199,7 +180,7 @@ class TorchEngine:
     def completed(self, timeout_s: float | None = None) -> list[Rollout]:
         self._check()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self._ended and (self._running or self._waiting):
+        while not self._ended and (self._rows or self._waiting):
             self._step()
             if deadline is not None and time.monotonic() >= deadline:
                 break
@@ -208,9 +189,12 @@ class TorchEngine:
 
     def interrupt(self) -> list[Rollout]:
         self._check()
-        stopped = [self._rollout(r, "interrupted") for r in self._running]
-        stopped += [self._rollout(self._begin(r), "interrupted") for r in self._waiting]
-        self._running.clear()
+        self._rows.count_tokens(self.version)
+        running = len(self._rows)
+        for request in self._waiting:
+            self._add(request)
+        stopped = [self._rollout(row, "interrupted") for row in range(running + len(self._waiting))]
+        self._rows.clear()
         self._waiting.clear()
         return stopped
 
@@ -221,6 +205,7 @@ class TorchEngine:
             raise EngineUnusable("the engine is asleep: call wake() before update()")
         if self._unusable == "closed":
             self._check()
+        self._rows.count_tokens(self.version)
         # From here until everything has arrived the weights may be a mixture.
         self._unusable = f"the update to version {version} did not finish"
         try:
@@ -238,6 +223,11 @@ class TorchEngine:
 
     def score(self, sequences: list[list[int]], temperature: float = 1.0) -> list[np.ndarray]:
         self._check()
+        if temperature <= 0:
+            raise ValueError(f"score needs a temperature above 0, found {temperature}")
+        for i, sequence in enumerate(sequences):
+            if not len(sequence) or not all(0 <= token < self.decoder.vocab_size for token in sequence):
+                raise ValueError(f"sequence {i} to score is empty or has ids outside [0, {self.decoder.vocab_size})")
         scores: list[np.ndarray] = []
         for chunk in _chunks([np.asarray(s, np.int64) for s in sequences], _PREFILL_TOKENS):
             logprobs = (self.decoder.logits(chunk) / temperature).log_softmax(-1)  # [tokens of the chunk, vocab]
@@ -267,9 +257,9 @@ class TorchEngine:
         self.decoder.load(load_file(f"{self._asleep.name}/weights").items())
         self._asleep.cleanup()
         self._asleep = None
-        if self._running:
-            self._reserve(self._running)
-            self._read([(r.context[:-1], [row]) for row, r in enumerate(self._running)])
+        if self._rows:
+            self._reserve(0)
+            self._read([(self._rows.context(row)[:-1], [row]) for row in range(len(self._rows))])
 
     def close(self) -> None:
         if self._unusable == "closed":
@@ -278,7 +268,7 @@ class TorchEngine:
             self._asleep.cleanup()
             self._asleep = None
         self.decoder.release()
-        self._running.clear()
+        self._rows.clear()
         self._waiting.clear()
         self._ended.clear()
         self._unusable = "closed"
@@ -296,58 +286,52 @@ class TorchEngine:
     def _step(self) -> None:
         admitted = self._admit()
         if admitted:
-            for logits, rows in self._read(admitted):
-                self._accept(rows, logits[[i for i, group in enumerate(rows) for _ in group]])
+            for logits, groups in self._read(admitted):
+                source = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+                self._accept(np.concatenate(groups), logits[torch.from_numpy(source)])
             self._retire()
-        if self._running:
-            n = len(self._running)
-            tokens = np.fromiter((r.tokens[-1] for r in self._running), np.int64, n)
-            positions = np.fromiter((len(r.request.prompt_tokens) + len(r.tokens) - 1 for r in self._running), np.int64, n)
-            self._accept([[row] for row in range(n)], self.decoder.decode(tokens, positions))
+        if self._rows:
+            logits = self.decoder.decode(self._rows.last_tokens(), self._rows.positions())
+            self._accept(np.arange(len(self._rows)), logits)
             self._retire()
 
-    def _begin(self, request: Request) -> _Running:
-        running = _Running(request)
-        if request.partial is not None:
-            running.tokens = list(request.partial.tokens)
-            running.logprobs = list(request.partial.logprobs)
-            running.versions = list(request.partial.versions)
-        if request.sampling.stop:
-            running.stop = StopFinder(self.tokenizer, request.sampling.stop)
-        return running
+    def _add(self, request: Request) -> int:
+        stop = StopFinder(self.tokenizer, request.sampling.stop) if request.sampling.stop else None
+        return self._rows.add(request, stop, self._limit(request))
+
+    def _limit(self, request: Request) -> int:
+        return min(request.sampling.max_tokens, self.max_context - len(request.prompt_tokens))
 
     def _admit(self) -> list[tuple[np.ndarray, list[int]]]:
         """Gives rows to waiting requests. Returns what has to be read: each distinct context and the rows that share
         it. Only requests admitted together share, so a prefix never outlives the weights that made it."""
+        if not self._waiting or len(self._rows) >= self.max_batch:
+            return []
+        first = len(self._rows)
+        while self._waiting and len(self._rows) < self.max_batch:
+            self._add(self._waiting.popleft())
+        self._reserve(first)
+        self._retire()  # continued rollouts that have nothing left to write; they stand behind the running rows
         contexts: dict[bytes, tuple[np.ndarray, list[int]]] = {}
-        first = len(self._running)
-        while self._waiting and len(self._running) < self.max_batch:
-            running = self._begin(self._waiting.popleft())
-            reason = self._finish(running) if running.tokens else None
-            if reason:
-                self._ended.append(self._rollout(running, reason))
-                continue
-            row = len(self._running)
-            self._keys[row] = request_key(running.request)
-            self._running.append(running)
-            context = running.context
+        for row in range(first, len(self._rows)):
+            context = self._rows.context(row)
             contexts.setdefault(context.tobytes(), (context, []))[1].append(row)
-        if contexts:
-            self._reserve(self._running[first:])
         return list(contexts.values())
 
-    def _reserve(self, joining: list[_Running]) -> None:
+    def _reserve(self, first: int) -> None:
+        """Makes the decoder's caches large enough for the rows from `first` on."""
+
         def up(tokens: int) -> int:
             return min(-(-tokens // _CONTEXT_STEP) * _CONTEXT_STEP, self.max_context)
 
-        completion = max(r.request.sampling.max_tokens for r in joining)
-        context = max(len(r.request.prompt_tokens) + r.request.sampling.max_tokens for r in joining)
-        needed = (len(self._running), up(context), up(completion))
+        n = len(self._rows)
+        limit, prompt = self._rows.limit[first:n], self._rows.prompt[first:n]
+        needed = (n, up(int((prompt + limit).max())), up(int(limit.max())))
         if any(n > r for n, r in zip(needed, self._reserved, strict=True)):
             self._reserved = tuple(max(pair) for pair in zip(needed, self._reserved, strict=True))
             self.decoder.reserve(*self._reserved)
 
-    def _read(self, contexts: list[tuple[np.ndarray, list[int]]]) -> Iterator[tuple[Tensor, list[list[int]]]]:
+    def _read(self, contexts: list[tuple[np.ndarray, list[int]]]) -> list[tuple[Tensor, list[list[int]]]]:
         results = []
         start = 0
         for chunk in _chunks([c for c, _ in contexts], _PREFILL_TOKENS):
@@ -356,49 +340,38 @@ class TorchEngine:
             start += len(chunk)
         return results
 
-    def _accept(self, rows: list[list[int]], logits: Tensor) -> None:
-        flat = [row for group in rows for row in group]
-        running = [self._running[row] for row in flat]
-        counts = np.fromiter((len(r.tokens) for r in running), np.int64, len(running))
-        tokens, logprobs = sample(logits, [r.request.sampling for r in running], self._keys[flat], counts)
-        for r, token, logprob in zip(running, tokens.tolist(), logprobs.tolist(), strict=True):
-            r.append(token, logprob, self.version)
+    def _accept(self, rows: Int[np.ndarray, " n"], logits: Float[Tensor, "n vocab"]) -> None:
+        noise, settings = self._rows.noise(rows), self._rows.settings(rows)
+        tokens, logprobs = sample(logits, settings, noise, self.decoder.draw)
+        if not np.isfinite(logprobs).all():
+            broken = self._rows.running[rows[np.flatnonzero(~np.isfinite(logprobs))[0]]].request.id
+            raise FloatingPointError(f"the model's logits for request {broken} are not finite: its weights are broken")
+        self._rows.append(rows, tokens, logprobs)
 
     def _retire(self) -> None:
         """Hands out what ended, in row order, and closes the gaps with the last rows."""
-        reasons = [self._finish(r) for r in self._running]
-        gone = [row for row, reason in enumerate(reasons) if reason]
-        self._ended += [self._rollout(self._running[row], reasons[row]) for row in gone]
-        for row in reversed(gone):
-            last = len(self._running) - 1
-            if row != last:
+        stopped, full = self._rows.ended(self._end_tokens)
+        gone = np.flatnonzero(stopped | full)
+        if not len(gone):
+            return
+        self._rows.count_tokens(self.version)
+        self._ended += [self._rollout(row, "stop" if stopped[row] else "length") for row in gone]
+        for row in gone[::-1]:
+            last = self._rows.remove(row)
+            if last != row:
                 self.decoder.move(last, row)
-                self._running[row], self._keys[row] = self._running[last], self._keys[last]
-            self._running.pop()
 
-    def _finish(self, running: _Running) -> FinishReason | None:
-        sampling = running.request.sampling
-        if not sampling.ignore_eos and running.tokens[-1] in self.end_tokens:
-            return "stop"
-        if running.stop is not None and running.stop.found(running.tokens):
-            return "stop"
-        length = len(running.tokens)
-        if length >= sampling.max_tokens or len(running.request.prompt_tokens) + length >= self.max_context:
-            return "length"
-        return None
-
-    def _rollout(self, running: _Running, reason: FinishReason) -> Rollout:
-        text = self.tokenizer.decode(running.tokens, skip_special_tokens=True) if self.tokenizer else ""
-        request = running.request
+    def _rollout(self, row: int, reason: FinishReason) -> Rollout:
+        running, tokens = self._rows.running[row], self._rows.completion(row).tolist()
         return Rollout(
-            prompt_id=request.prompt_id,
-            sample=request.sample,
-            prompt_tokens=request.prompt_tokens,
-            tokens=running.tokens,
-            logprobs=running.logprobs,
+            prompt_id=running.request.prompt_id,
+            sample=running.request.sample,
+            prompt_tokens=running.request.prompt_tokens,
+            tokens=tokens,
+            logprobs=self._rows.logprobs[row, : len(tokens)].tolist(),
             versions=running.versions,
             finish_reason=reason,
-            text=text,
+            text=self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer else "",
         )
 
 

@@ -93,4 +93,6 @@ def load() -> ctypes.CDLL:
     library.vector_lanes.restype = ctypes.c_int32
     library.v3_forward.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int32] * 2 + [ctypes.c_void_p]
     library.v3_forward.restype = None
+    library.draw.argtypes = [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 5
+    library.draw.restype = None
     return library

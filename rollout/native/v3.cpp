@@ -405,4 +405,25 @@ void v3_forward(
         Pass(*model, layers).run(tokens, sequences + bounds[t], sequences + bounds[t + 1], logits);
     }
 }
+
+// rollout.sampler.draw: the token where the cumulative distribution of softmax(logits / temperature) passes `noise`.
+void draw(
+    int32_t n, int32_t vocab, const float* logits, const float* temperature, const double* noise, int64_t* tokens,
+    float* logprobs) {
+    std::vector<float> scaled(round_up(vocab, LANES)), mass(scaled.size());
+    for (int i = 0; i < n; i++) {
+        const float* row = logits + (long)i * vocab;
+        for (int v = 0; v < vocab; v++) scaled[v] = row[v] / temperature[i];
+        const float top = *std::max_element(scaled.begin(), scaled.begin() + vocab);
+        for (int v = 0; v < vocab; v += LANES) store(&mass[v], exponential(load(&scaled[v]) - top));
+        double total = 0;
+        for (int v = 0; v < vocab; v++) total += mass[v];
+        const double target = noise[i] * total;
+        double passed = mass[0];
+        int token = 0;
+        while (passed <= target && token + 1 < vocab) passed += mass[++token];
+        tokens[i] = token;
+        logprobs[i] = scaled[token] - top - (float)std::log(total);
+    }
+}
 }
