@@ -50,7 +50,7 @@ class LossOptions(BaseModel):
     constant_length: int | None = Field(None, gt=0)  # tokens; aggregation `constant` divides every sequence by it
     kl_coef: float = Field(1e-3, ge=0)
     kl_estimator: KLEstimator = "k3"
-    kl_in: Literal["loss", "reward"] = "loss"  # in the reward it is the loop's work (rlzero.advantages)
+    kl_in: Literal["loss", "reward"] = "loss"  # reward: off the advantages of a token and of all before it
     entropy_coef: float = 0.0  # of a bonus
     teacher_coef: float = Field(0.0, ge=0)  # on-policy distillation: weight of the reverse KL to the teacher
     correction: Correction = "none"
@@ -96,6 +96,16 @@ def document_mean(
     """Mean of `values` over the tokens of each of `count` documents; 0 for a document without tokens."""
     lengths = document_sum(torch.ones_like(values), documents, count)
     return document_sum(values, documents, count) / lengths.clamp(min=1)
+
+
+def document_to_go(
+    values: Float[Tensor, " tokens"], documents: Int[Tensor, " tokens"], count: int
+) -> Float[Tensor, " tokens"]:
+    """Sum of `values` over each token and all later ones of its document. Tokens stand in document order."""
+    wide = values.double()  # the running sum goes over the whole batch, and its differences must keep their digits
+    before = wide.cumsum(0) - wide
+    ends = document_sum(wide, documents, count).cumsum(0)[documents]
+    return (ends - before).to(values.dtype)
 
 
 def aggregate(
@@ -250,6 +260,11 @@ def policy_loss(
 
     aggregate(weight x policy_loss + kl_coef x KL(new || reference) - entropy_coef x entropy)
 
+    With kl_in `reward` the penalty is a reward of every token instead, and A_t loses kl_coef x sum of KL_i(old ||
+    reference) over i >= t (the return of InstructGPT's reward, arXiv 2203.02155, eq. 2; REINFORCE++, arXiv 2501.03262,
+    section 3.1). With k1 that gives the exact gradient of the sequence's KL in expectation. It comes after the group
+    statistics; `rlzero.advantages.kl_in_reward` takes it off before them.
+
     `logprobs` and `entropy` are the policy's now, for all n tokens of the batch; values outside the loss mask are
     never read. A batch without `old_logprobs` is on-policy: old is the detached new.
 
@@ -281,6 +296,14 @@ def policy_loss(
 
     metrics: Metrics = {}
     advantages = _advantages(streams.get("advantages"), old, teacher, options)
+    if options.kl_coef:
+        if reference is None:
+            raise ValueError(
+                f"kl_coef is {options.kl_coef} and the batch has no reference_logprobs; set it to 0 or give a reference"
+            )
+        if options.kl_in == "reward":
+            penalty = kl_divergence(old, reference, options.kl_estimator)
+            advantages = advantages - options.kl_coef * document_to_go(penalty, documents, count)
     log_ratio = new - old
     if options.policy_loss == "ppo":
         per_token, clipped = ppo_clip(log_ratio, advantages, options.clip_low, options.clip_high)
@@ -308,10 +331,6 @@ def policy_loss(
         metrics["kl_reference"] = _sum_and_count(kl_divergence(new, reference, "k3"))
         if options.kl_in == "loss" and options.kl_coef:
             loss = loss + options.kl_coef * average(kl_divergence(new, reference, options.kl_estimator))
-    elif options.kl_in == "loss" and options.kl_coef:
-        raise ValueError(
-            f"kl_coef is {options.kl_coef} and the batch has no reference_logprobs; set it to 0 or give a reference"
-        )
     if entropy is not None:
         metrics["entropy"] = _sum_and_count(entropy[mask])
         if options.entropy_coef:

@@ -254,11 +254,45 @@ def test_kl_in_the_loss(estimator, aggregation, constant):
     )
 
 
-def test_kl_in_the_reward_leaves_the_loss_alone():
-    logprobs, entropy, batch = make_batch(make_docs(6))
-    inside, metrics = policy_loss(logprobs, entropy, batch, options(kl_coef=0.3, kl_in="reward"))
-    without, _ = policy_loss(logprobs, entropy, batch, options())
-    assert inside.item() == without.item() and "kl_reference" in metrics
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_in_the_reward_is_taken_off_the_advantages_of_all_tokens_before(estimator):
+    docs = make_docs(6, token_advantages=True)
+    docs[1].masked = [3]
+
+    def shaped(doc, advantages):
+        penalties = kl_terms(doc.kept("old"), doc.kept("reference"), estimator)
+        return [a - 0.3 * math.fsum(penalties[t:]) for t, a in enumerate(advantages)]
+
+    assert_matches(
+        docs,
+        options(kl_coef=0.3, kl_estimator=estimator, kl_in="reward", aggregation="token"),
+        lambda news: averaged(
+            [ppo_terms(n, o, shaped(d, a), 0.2, 0.28) for d, (n, o, a) in zip(docs, selected(docs, news), strict=True)],
+            "token",
+        ),
+    )
+
+
+def test_k1_in_the_reward_has_the_exact_gradient_of_the_sequence_kl():
+    """Expectation over all nine sequences of two tokens, the second drawn given the first."""
+    torch.manual_seed(0)
+    first, second = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3,), (3, 3)))
+    other_first, other_second = torch.randn(3).double().log_softmax(0), torch.randn(3, 3).double().log_softmax(1)
+    p, q = first.log_softmax(0), second.log_softmax(1)
+    joint = p[:, None] + q
+    kl = (joint.exp() * (joint - other_first[:, None] - other_second)).sum()
+    exact = torch.autograd.grad(kl, (first, second), retain_graph=True)
+    loss = 0
+    for a in range(3):
+        for b in range(3):
+            reference = [other_first[a].item(), other_second[a, b].item()]
+            doc = Doc(1, [0.0] * 2, [0.0] * 2, [0.0] * 2, reference, [0.0] * 2, [0.0] * 2, [0.0] * 2)
+            _, _, batch = make_batch([doc], drop=("old", "behaviour", "teacher"))
+            logprobs = torch.stack([torch.zeros((), dtype=torch.float64), p[a], q[a, b]])
+            opts = options(kl_coef=1.0, kl_estimator="k1", kl_in="reward", aggregation="constant", constant_length=1)
+            loss = loss + joint[a, b].exp().detach() * policy_loss(logprobs, None, batch, opts)[0]
+    for found, expected in zip(torch.autograd.grad(loss, (first, second)), exact, strict=True):
+        assert torch.allclose(found, expected, atol=1e-14)
 
 
 def exact_kl(p, q):
@@ -432,8 +466,9 @@ EVERYTHING = {"kl_coef": 0.1, "entropy_coef": 0.02, "correction": "tis", "correc
     name=st.sampled_from(["ppo", "gspo", "cispo"]),
     aggregation=st.sampled_from(AGGREGATIONS),
     level=st.sampled_from(["token", "sequence", "geometric"]),
+    kl_in=st.sampled_from(["loss", "reward"]),
 )
-def test_packing_never_changes_loss_gradient_or_metrics(seed, count, micro_batches, name, aggregation, level):
+def test_packing_never_changes_loss_gradient_or_metrics(seed, count, micro_batches, name, aggregation, level, kl_in):
     rng = random.Random(seed)
     docs = make_docs(seed, lengths=[rng.randint(1, 9) for _ in range(count)], token_advantages=True)
     for d in docs:
@@ -445,6 +480,7 @@ def test_packing_never_changes_loss_gradient_or_metrics(seed, count, micro_batch
         aggregation=aggregation[0],
         constant_length=aggregation[1],
         correction_level=level,
+        kl_in=kl_in,
         **EVERYTHING,
     )
     homes = [rng.randrange(micro_batches) for _ in docs]
@@ -575,6 +611,7 @@ def test_gap_k3_estimates_the_kl_of_engine_to_trainer():
     ("changes", "drop", "says"),
     [
         ({"kl_coef": 0.1}, ("reference",), "no reference_logprobs"),
+        ({"kl_coef": 0.1, "kl_in": "reward"}, ("reference",), "no reference_logprobs"),
         ({"correction": "tis"}, ("behaviour",), "no behaviour_logprobs"),
         ({"teacher_coef": 1.0}, ("teacher",), "no teacher_logprobs"),
         ({}, ("advantages",), "no advantages"),
