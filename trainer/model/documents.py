@@ -25,9 +25,9 @@ class Documents:
     last: Int[Tensor, " n"]  # the last token of every token's document
 
 
-def group_documents(bounds: Int[Tensor, " documents+1"], slack: float = 0.9, at_most: int = 1 << 16) -> Documents:
-    """Groups documents so that none is shorter than `slack` of its group's longest and a group has `at_most` places
-    (or one document). Raises ValueError for bounds that do not start at 0 or hold an empty document."""
+def group_documents(bounds: Int[Tensor, " documents+1"], padding: float = 0.1, small: int = 1024) -> Documents:
+    """Groups documents so that a group's padding is at most the share `padding` of its tokens, or the group has at
+    most `small` places. Raises ValueError for bounds that do not start at 0 or hold an empty document."""
     device = bounds.device
     bounds = bounds.cpu().long()
     lengths = bounds.diff()
@@ -37,8 +37,11 @@ def group_documents(bounds: Int[Tensor, " documents+1"], slack: float = 0.9, at_
     ordered = lengths[order].tolist()
     groups, start = [], 0
     while start < len(ordered):
-        longest, end = ordered[start], start + 1
-        while end < len(ordered) and ordered[end] >= slack * longest and (end + 1 - start) * longest <= at_most:
+        longest, end, held = ordered[start], start, 0
+        while end < len(ordered):
+            held += ordered[end]
+            if (end + 1 - start) * longest > max((1 + padding) * held, small):
+                break
             end += 1
         members = order[start:end].sort().values
         offsets, length = torch.arange(longest), lengths[members, None]
