@@ -25,8 +25,8 @@ SHOWN = [
     ("reward_mean", "reward", "{:.3f}"),
     ("length_mean", "length", "{:.1f}"),
     ("entropy", "entropy", "{:.3f}"),
-    ("kl", "kl", "{:.2g}"),
-    ("gap_mean", "gap", "{:.1e}"),
+    ("kl_reference", "kl", "{:.2g}"),
+    ("gap", "gap", "{:.1e}"),
     ("truncated", "truncated", "{:.0%}"),
     ("worker_restarts", "restarts", "{:.0f}"),
 ]

@@ -155,7 +155,7 @@ def _lead(figures: dict[str, Any]) -> str:
 def _tiles(figures: dict[str, Any], steps: Sequence[dict]) -> str:
     k = figures["evaluation_samples"] or "k"
     written_s = sum(line.get("time_generate_s") or line.get("time_rollout_s") or 0.0 for line in steps)
-    gaps = [line["gap_mean"] for line in steps if line.get("gap_mean") is not None]
+    gaps = [line["gap"] for line in steps if line.get("gap") is not None]
     tiles = [
         ("pass@1 before", _or_dash(figures["pass_at_1_before"], lambda v: f"{100 * v:.1f} %")),
         ("pass@1 after", _or_dash(figures["pass_at_1_after"], lambda v: f"{100 * v:.1f} %")),
@@ -173,14 +173,14 @@ def _tiles(figures: dict[str, Any], steps: Sequence[dict]) -> str:
 
 
 def _plots(steps: Sequence[dict], evaluations: Sequence[dict]) -> list[str]:
-    gap_names = {"gap_mean": "mean |Δ logprob|", "gap_k3": "k3", "gap_tail": "share outside [0.5, 2]"}
+    gap_names = {"gap": "mean |Δ logprob|", "gap_k3": "k3", "gap_outside": "share outside [0.5, 2]"}
     gaps = [_series(steps, key, label) for key, label in gap_names.items() if _has(steps, key)]
     length = [_series(steps, "length_mean", "tokens", smooth=True)]
     return [
         line_chart("Held-out questions: pass@1 and cons@k", _pass_series(evaluations), percent, (0.0, 1.0)),
         line_chart("Reward", _reward_series(steps)),
         line_chart("Completion length, tokens", length, y_range=(0.0, None)),
-        line_chart("KL to the reference", [_series(steps, "kl", "kl", smooth=True)]),
+        line_chart("KL to the reference", [_series(steps, "kl_reference", "kl", smooth=True)]),
         line_chart("Entropy, nats per token", [_series(steps, "entropy", "entropy", smooth=True)], y_range=(0.0, None)),
         line_chart("Gap between engine and trainer", gaps, y_range=(0.0, None)),
         stacked_bars("Time of a step, seconds", [line["step"] for line in steps], _parts(steps), width=1150),

@@ -33,7 +33,7 @@ def group(text: str, verdict: str = "correct") -> Group:
 def step_line(step: int) -> dict:
     return {
         "step": step, "reward_mean": 1.0 + step / 10, "reward/countdown_reward": step / 10, "reward/format_reward": 1.0,
-        "length_mean": 40.0, "kl": 1e-3, "entropy": 0.5, "gap_mean": 1e-6, "rollout_tokens": 1000.0,
+        "length_mean": 40.0, "kl_reference": 1e-3, "entropy": 0.5, "gap": 1e-6, "rollout_tokens": 1000.0,
         "time_rollout_s": 2.0, "time_train_s": 1.0, "time_sync_s": 0.5, "time_step_s": 4.0,
     }  # fmt: skip
 
