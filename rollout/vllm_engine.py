@@ -1,6 +1,7 @@
 """vLLM as a rollout engine. Everything that touches vLLM's internals stands in this file.
 
-Releases 0.25.1 (CUDA, torch 2.11) to 0.32.0 (CPU, torch 2.13) are accepted: both ends were run. The engine core runs in
+Releases 0.25.1 (the one for CUDA and torch 2.11) to 0.32.0 are accepted, others refused. The contract tests were run on
+the CPU build of 0.32.0; for 0.25.1 the code was held against its source, not yet run on a GPU. The engine core runs in
 this process (no second Python process, nothing to clean up after a crash; tensor parallel workers are the exception),
 steps are driven by `completed`, and scheduling is synchronous, so that the tokens of a step belong to exactly one
 policy version. vLLM changes process-wide state (environment, `torch.set_num_threads`, the global seed): give the
@@ -17,7 +18,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from rollout.engine import Request, Rollout
+from rollout.expected_weights import ExpectedWeights
 from rollout.transport.disk import DiskTransport
 
 OLDEST, NEWEST = (0, 25, 1), (0, 32, 0)
@@ -44,6 +46,7 @@ ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions sent to tensor parallel workers of this host
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the caller says how many threads; binding would pile engines on one core
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
@@ -67,65 +70,13 @@ def request_seed(seed: int, prompt_id: str, sample: int, start: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
-def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Hugging Face folder, read from the headers of its safetensors files."""
-    from safetensors import safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors file; save the model there first")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
-    return shapes
-
-
-class ExpectedWeights:
-    """What a complete update holds: the names and shapes of the model's checkpoint. Layers past the last one (the
-    multi-token-prediction head) may stay away: the engine does not run them."""
-
-    def __init__(self, folder: Path):
-        config = json.loads((folder / "config.json").read_text())
-        self.shapes = checkpoint_shapes(folder)
-        self.tied = bool(config.get("tie_word_embeddings")) and "lm_head.weight" not in self.shapes
-        layers = config.get("num_hidden_layers", 0)
-        prefix = re.compile(r"model\.layers\.(\d+)\.")
-        self.needed = {
-            name for name in self.shapes if not ((m := prefix.match(name)) and layers and int(m[1]) >= layers)
-        }
-
-    def checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Passes the tensors on; raises ValueError at the first unknown, doubled or wrongly shaped one, and at the end
-        when some never came."""
-        seen: set[str] = set()
-        for name, tensor in weights:
-            if self.tied and name == "lm_head.weight":
-                continue
-            if name not in self.shapes:
-                raise ValueError(f"the update holds {name!r}, which the engine's checkpoint does not have")
-            if name in seen:
-                raise ValueError(f"the update holds {name!r} twice")
-            if tuple(tensor.shape) != self.shapes[name]:
-                raise ValueError(f"{name!r} has shape {tuple(tensor.shape)}, the engine expects {self.shapes[name]}")
-            seen.add(name)
-            yield name, tensor
-        missing = sorted(self.needed - seen)
-        if missing:
-            raise ValueError(
-                f"the update ended without {len(missing)} of {len(self.needed)} tensors, the first: {missing[0]!r}"
-            )
-
-
 # ---- functions that run inside a vLLM worker ----
 
 
 def _reload(worker: Any, source: Iterator[tuple[str, Tensor]] | str) -> None:
     """Installs new weights from an iterator, or from a published folder that every worker reads."""
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     runner = worker.model_runner
     model = runner.get_model()

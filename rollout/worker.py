@@ -9,6 +9,7 @@ import importlib.metadata
 import inspect
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -113,12 +114,12 @@ class RolloutWorker:
     """Owns one engine. `rlzero.cluster` makes it a Ray actor; calls run one after another, so `completed` takes a
     timeout that lets updates and interruptions through."""
 
-    def __init__(self, kind: str, model: str, options: dict[str, Any] | None = None):
+    def __init__(self, kind: str, model: str, options: dict[str, Any] | None = None, threads: int | None = None):
         options = dict(options or {})
+        threads = options.setdefault("threads", threads)
         self.kind = kind
-        self.threads: int | None = options.get("threads")
-        if self.threads is not None:
-            set_threads(self.threads)
+        if threads is not None:
+            set_threads(threads)
         self.engine = make_engine(kind, model, options)
 
     def ping(self) -> dict[str, Any]:
@@ -135,8 +136,17 @@ class RolloutWorker:
     def submit(self, requests: list[Request]) -> None:
         self.engine.submit(requests)
 
-    def completed(self, timeout_s: float | None = None) -> list[Rollout]:
-        return self.engine.completed(timeout_s)
+    def completed(self, timeout_s: float | None = None, gather_s: float = 0.0) -> list[Rollout]:
+        """Rollouts that ended, see `Engine.completed`; once there is one, others are waited for until `gather_s` have
+        passed, so that few calls carry many rollouts."""
+        until_s = time.monotonic() + gather_s
+        ended = self.engine.completed(timeout_s)
+        while ended and (left_s := until_s - time.monotonic()) > 0:
+            more = self.engine.completed(left_s)
+            if not more:
+                break
+            ended += more
+        return ended
 
     def interrupt(self) -> list[Rollout]:
         return self.engine.interrupt()

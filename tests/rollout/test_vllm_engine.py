@@ -1,4 +1,5 @@
-"""The real vLLM on this machine's CPU, against transformers in float32.
+"""The contract with vLLM, held on each supported release: the CPU build in float32 where there is no GPU, else the CUDA
+build in BF16 with graphs. The reference is transformers in float32.
 
 Engines live in one child process, one at a time: vLLM changes process-wide state, and the imports are paid once.
 """
@@ -11,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import get_context
-from multiprocessing.managers import BaseManager
+from multiprocessing.managers import BaseManager, RemoteError
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rollout.engine import Request, Rollout, Sampling, generate
+from rollout.expected_weights import ExpectedWeights
 from rollout.probe import gap, probe_sequences
-from rollout.vllm_engine import ExpectedWeights, VLLMEngine, check_release, request_seed
+from rollout.vllm_engine import VLLMEngine, check_release, request_seed
 
 pytestmark = pytest.mark.timeout(170)
 
 VOCAB, EOS, CONTEXT = 128, 1, 200
-EXACT = 1e-5  # nats; float32 on both sides measured 2e-7 to 5e-7
+ON_GPU = torch.cuda.is_available()
+DTYPE = "bfloat16" if ON_GPU else "float32"  # vLLM's MLA has no float32 on a GPU
+EXACT = 1e-5  # nats at the worst token; float32 on both sides measured 1e-6 to 2e-6
+BF16 = 2e-2  # nats in the mean; measured 0.004 to 0.007 on a CPU
 FAMILIES = {
     "attention": r"self_attn\..*proj",
     "dense": r"layers\.0\.mlp",
@@ -41,6 +46,16 @@ FAMILIES = {
 }
 
 Weights = dict[str, Tensor]
+
+
+def near(found: dict[str, float]) -> bool:
+    return found["mean_abs"] < BF16 if ON_GPU else found["max_abs"] < EXACT
+
+
+def rounded(weights: Weights) -> Weights:
+    """The weights as the engine can hold them."""
+    keep = "e_score_correction_bias"
+    return {n: w if keep in n else w.to(getattr(torch, DTYPE)).float() for n, w in weights.items()}
 
 
 # ---- models and their reference ----
@@ -101,7 +116,7 @@ class Reference:
         self.folder, self.scratch = scratch, folder
         scratch.mkdir()
         (scratch / "config.json").write_text((folder / "config.json").read_text())
-        self.weights: Weights = load_file(folder / "model.safetensors")
+        self.weights: Weights = rounded(load_file(folder / "model.safetensors"))
         self.load(self.weights)
 
     def load(self, weights: Weights) -> None:
@@ -130,10 +145,11 @@ def perturbed(weights: Weights, pattern: str, seed: int) -> Weights:
     """Noise on the tensors whose name matches, enough to move log-probabilities."""
     noise = torch.Generator().manual_seed(seed)
     scale = {1: 0.3, 2: 0.05}
-    return {
+    moved = {
         name: (w + torch.randn(w.shape, generator=noise) * scale[w.ndim]) if re.search(pattern, name) else w.clone()
         for name, w in weights.items()
     }
+    return rounded(moved)
 
 
 # ---- the engines' process ----
@@ -159,9 +175,10 @@ class Engines:
         key = (model, dtype, json.dumps(options))
         if self.open is None or self.open[0] != key:
             self.close()
-            engine_args = {"enforce_eager": True, "kv_cache_memory_bytes": 32 << 20, **options}
+            own = {name: options.pop(name) for name in ("sleep_level", "return_routed_experts") if name in options}
+            engine_args = {"enforce_eager": not ON_GPU, "kv_cache_memory_bytes": 32 << 20, **options}
             engine = self.manager.VLLMEngine(
-                self.folders[model], dtype=dtype, max_batch=32, max_context=CONTEXT, engine_args=engine_args
+                self.folders[model], dtype=dtype, max_batch=32, max_context=CONTEXT, engine_args=engine_args, **own
             )
             self.open = (key, engine)
         return self.open[1]
@@ -196,8 +213,8 @@ def reference(folders, tmp_path_factory) -> Reference:
 
 @pytest.fixture
 def engine(engines, reference):
-    """The float32 engine, holding the reference's weights."""
-    engine = engines.get("v3", "float32")
+    """An engine that holds the reference's weights."""
+    engine = engines.get("v3", DTYPE)
     engine.update(list(reference.weights.items()), 0)
     reference.load(reference.weights)
     yield engine
@@ -226,7 +243,7 @@ def finish(engine) -> list[Rollout]:
 
 def test_logprobs_of_completions_are_those_of_transformers(engine, reference):
     rollouts = generate(engine, requests())
-    assert reference.gap(rollouts, temperature=0.7)["max_abs"] < EXACT
+    assert near(reference.gap(rollouts, temperature=0.7))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -234,22 +251,24 @@ def test_scores_are_those_of_transformers(engine, reference, temperature):
     sequences = [*SEQUENCES[:3], SEQUENCES[0][:1], (SEQUENCES[1] * 10)[:CONTEXT]]
     scores = engine.score(sequences, temperature)
     assert [len(s) for s in scores] == [len(s) for s in sequences] and all(s[0] == 0.0 for s in scores)
-    assert gap(scores, reference.score(sequences, temperature))["max_abs"] < EXACT
+    assert near(gap(scores, reference.score(sequences, temperature)))
 
 
 def test_scoring_leaves_running_requests_alone(engine, reference):
     engine.submit(requests(2))
     scores = engine.score(SEQUENCES[:2], 0.5)
-    assert gap(scores, reference.score(SEQUENCES[:2], 0.5))["max_abs"] < EXACT
-    assert reference.gap(finish(engine), temperature=0.7)["max_abs"] < EXACT
+    assert near(gap(scores, reference.score(SEQUENCES[:2], 0.5)))
+    assert near(reference.gap(finish(engine), temperature=0.7))
 
 
 def test_greedy_takes_the_most_likely_token_and_reports_temperature_one(engine, reference):
     (rollout,) = generate(engine, requests(1, temperature=0.0))
-    assert reference.gap([rollout])["max_abs"] < EXACT
+    assert near(reference.gap([rollout]))
     with torch.no_grad():
         logits = reference.model(torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])).logits[0]
-    assert logits[len(rollout.prompt_tokens) - 1 : -1].argmax(-1).tolist() == rollout.tokens
+    rows = logits[len(rollout.prompt_tokens) - 1 : -1].log_softmax(-1)
+    chosen = rows.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+    assert (rows.max(-1).values - chosen).max() < (0.2 if ON_GPU else EXACT)  # near ties may fall either way in BF16
 
 
 # ---- weights ----
@@ -264,9 +283,9 @@ def test_update_reaches_every_kind_of_weight(engine, reference, family):
         expected = reference.score(SEQUENCES)
         assert gap(before, expected)["mean_abs"] > 5e-3, "the noise must be visible, or the test shows nothing"
         engine.update(list(weights.items()), version)
-        assert gap(engine.score(SEQUENCES), expected)["max_abs"] < EXACT
+        assert near(gap(engine.score(SEQUENCES), expected))
         rollouts = generate(engine, requests())
-        assert reference.gap(rollouts, temperature=0.7)["max_abs"] < EXACT  # decoding reads other copies than scoring
+        assert near(reference.gap(rollouts, temperature=0.7))  # decoding reads other copies than scoring
         assert [r.versions for r in rollouts] == [[(version, 16)]] * 6
 
 
@@ -302,7 +321,7 @@ def test_wrong_update_poisons_until_a_full_one_succeeds(engine, reference, kind)
             call()
     engine.update(list(new.items()), 2)
     reference.load(new)
-    assert gap(engine.score(SEQUENCES), reference.score(SEQUENCES))["max_abs"] < EXACT
+    assert near(gap(engine.score(SEQUENCES), reference.score(SEQUENCES)))
 
 
 def test_running_requests_go_on_across_an_update(engine, reference):
@@ -314,8 +333,8 @@ def test_running_requests_go_on_across_an_update(engine, reference):
         assert (old, new, kept + more) == (0, 7, 120) and kept > 0 and more > 0
         # What the old policy sampled carries the old policy's log-probabilities.
         first = replace(rollout, tokens=rollout.tokens[:kept], logprobs=rollout.logprobs[:kept])
-        assert reference.gap([first])["max_abs"] < EXACT
-        assert reference.gap([rollout])["max_abs"] > 100 * EXACT
+        assert near(reference.gap([first]))
+        assert reference.gap([rollout])["mean_abs"] > 0.1
 
 
 # ---- sampling, stops, interruption ----
@@ -323,8 +342,11 @@ def test_running_requests_go_on_across_an_update(engine, reference):
 
 def test_same_seed_gives_the_same_tokens_whatever_runs_beside(engine):
     together = generate(engine, requests(6))
-    alone = [generate(engine, [request])[0] for request in requests(6)[::-1]][::-1]
-    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    if ON_GPU:  # BF16 kernels round by the shape of the batch, which can turn a draw: the same batch again
+        again = generate(engine, requests(6))
+    else:
+        again = [generate(engine, [request])[0] for request in requests(6)[::-1]][::-1]
+    assert [r.tokens for r in together] == [r.tokens for r in again]
 
 
 def test_seed_prompt_and_sample_each_change_the_noise(engine):
@@ -377,7 +399,7 @@ def test_interrupted_rollouts_continue_under_new_weights(engine, reference):
     assert [r.id for r in stopped] == [r.id for r in wanted]
     assert {r.finish_reason for r in stopped} == {"interrupted"} and all(0 < len(r.tokens) < 60 for r in stopped)
     assert engine.completed() == []
-    assert reference.gap(stopped, temperature=0.7)["max_abs"] < EXACT
+    assert near(reference.gap(stopped, temperature=0.7))
 
     weights = perturbed(reference.weights, ".", seed=8)
     engine.update(list(weights.items()), 3)
@@ -388,7 +410,7 @@ def test_interrupted_rollouts_continue_under_new_weights(engine, reference):
         assert e.tokens[:kept] == s.tokens and e.logprobs[:kept] == s.logprobs
         assert e.versions == [(0, kept), (3, 60 - kept)] and e.finish_reason == "length"
         whole = reference.score([[*e.prompt_tokens, *e.tokens]], 0.7)[0][len(e.prompt_tokens) :]
-        assert np.abs(whole[kept:] - e.logprobs[kept:]).max() < EXACT
+        assert near(gap([np.array(e.logprobs[kept:])], [whole[kept:]], first=0))
 
 
 def test_partial_that_is_already_long_enough_ends_at_once(engine):
@@ -428,7 +450,7 @@ def test_requests_survive_sleep(engine, reference):
     engine.wake()
     rollouts = finish(engine)
     assert [len(r.tokens) for r in rollouts] == [60, 60] and rollouts[0].versions == [(0, 60)]
-    assert reference.gap(rollouts, temperature=0.7)["max_abs"] < EXACT
+    assert near(reference.gap(rollouts, temperature=0.7))
 
 
 # ---- other engines ----
@@ -444,9 +466,40 @@ def test_bfloat16_engine_stays_near_transformers_also_after_an_update(engines, r
         assert reference.gap(generate(engine, requests()), temperature=0.7)["mean_abs"] < 2e-2
 
 
+if ON_GPU:
+
+    def test_routing_comes_back_for_every_token_read(engines, reference):
+        engine = engines.get("v3", DTYPE, return_routed_experts=True)
+        engine.update(list(reference.weights.items()), 0)
+        wanted = requests(3, max_tokens=30)
+        engine.submit(wanted)
+        engine.completed(timeout_s=0.0)
+        partial = engine.interrupt()
+        for r in generate(engine, [replace(w, partial=p) for w, p in zip(wanted, partial, strict=True)]):
+            assert r.routed_experts.shape == (len(r.prompt_tokens) + len(r.tokens), 2, 2)
+            assert (r.routed_experts[-1] == -1).all() and (r.routed_experts[:-1] >= 0).all()
+            assert (r.routed_experts[:-1] < 8).all()
+
+    @pytest.mark.parametrize("level", [1, 2])
+    def test_sleeping_frees_memory_and_waking_brings_the_policy_back(engines, reference, level):
+        engine = engines.get("v3", DTYPE, sleep_level=level)
+        reference.load(reference.weights)
+        engine.update(list(reference.weights.items()), 0)
+        awake = torch.cuda.mem_get_info()[0]
+        engine.sleep()
+        assert torch.cuda.mem_get_info()[0] - awake > 16 << 20
+        engine.wake()
+        if level == 2:
+            with pytest.raises(RuntimeError, match="dropped by sleep level 2"):
+                engine.score(SEQUENCES)
+            engine.update(list(reference.weights.items()), 1)
+        assert near(gap(engine.score(SEQUENCES), reference.score(SEQUENCES)))
+        assert near(reference.gap(generate(engine, requests()), temperature=0.7))
+
+
 def test_prefix_cache_never_serves_an_older_version(engines, folders, tmp_path):
     reference = Reference(folders["qwen"], tmp_path / "qwen")
-    engine = engines.get("qwen", "float32", enable_prefix_caching=True)
+    engine = engines.get("qwen", DTYPE, enable_prefix_caching=True)
     prompt = tuple((SEQUENCES[0] * 6)[:150])
     for version in (1, 2):
         weights = perturbed(reference.weights, ".", seed=version)
@@ -454,11 +507,11 @@ def test_prefix_cache_never_serves_an_older_version(engines, folders, tmp_path):
         reference.load(weights)
         for sample in (0, 1):  # the second of each version reads the first's prefix
             (rollout,) = generate(engine, [Request("p", sample, prompt, Sampling(max_tokens=8, ignore_eos=True))])
-            assert reference.gap([rollout])["max_abs"] < EXACT
+            assert near(reference.gap([rollout]))
 
 
 def test_closed_engine_refuses_and_leaves_no_process(engines):
-    engine = engines.get("qwen", "float32", enable_prefix_caching=True)
+    engine = engines.get("qwen", DTYPE, enable_prefix_caching=True)
     engine.close()
     engine.close()
     for call in (engine.completed, engine.interrupt, engine.wake, lambda: engine.update([], 1)):
@@ -470,14 +523,14 @@ def test_closed_engine_refuses_and_leaves_no_process(engines):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"engine_args": {"max_num_batched_token": 64}}, "no engine argument max_num_batched_token; nearest: max_num_b"),
+        ({"engine_args": {"max_num_batched_token": 64}}, "no engine argument max_num_batched_token; nearest: max_num_"),
         ({"engine_args": {"logprobs_mode": "raw_logits"}}, "engine_args sets logprobs_mode"),
         ({"max_context": 513}, "max_context is 513, but the model .* 512 positions"),
-        ({"return_routed_experts": True}, "CPU build cannot return routed experts"),
+        *([] if ON_GPU else [({"return_routed_experts": True}, "CPU build cannot return routed experts")]),
     ],
 )
 def test_options_that_cannot_hold_are_refused_before_the_start(engines, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RemoteError, match=f"ValueError: .*{message}"):
         engines.manager.VLLMEngine(engines.folders["v3"], **options)
 
 

@@ -18,7 +18,7 @@ from rollout.probe import gap, probe_sequences
 from rollout.torch_engine import TorchEngine
 from rollout.transport.disk import DiskTransport
 from rollout.transport.object_store import ObjectStoreTransport
-from rollout.worker import RolloutWorker, make_engine, choose_engine, receive
+from rollout.worker import RolloutWorker, choose_engine, make_engine, receive
 from trainer.model import hf
 from trainer.model.config import V3Config
 from trainer.model.v3 import V3Model
