@@ -79,7 +79,7 @@ class Trainer:
             if batch.old_logprobs is None and key not in first:
                 old[key] = self._logprobs(self.policy, batch)
         reference = {}
-        if self.reference is not None and self.loss.kl_in == "loss":
+        if self.reference is not None:
             for batch in (b for minibatch in minibatches for b in minibatch):
                 if batch.reference_logprobs is None and id(batch) not in reference:
                     reference[id(batch)] = self._logprobs(self.reference, batch)

@@ -1,0 +1,336 @@
+"""Ray: what a run needs of a cluster, its actors, their deadlines, and what happens when one dies.
+
+Nothing else in the project calls Ray's placement or supervision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlzero.config import Config
+from rollout.engine import Request, Rollout
+from rollout.worker import RolloutWorker
+from trainer.worker import Trainer
+
+
+GATHER_S = 0.25  # how long a worker collects ended rollouts before it reports them
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot hold the run, or an actor of it failed for good."""
+
+
+class TrainerDied(ClusterError):
+    """The trainer's process is gone; the run goes on from its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What each process of a run gets: Ray resources and CPU threads."""
+
+    trainer: dict[str, float]
+    workers: list[dict[str, float]]
+    trainer_threads: int
+    worker_threads: int
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        return [self.trainer, *self.workers]
+
+
+def plan(config: Config, cores: int | None = None) -> Placement:
+    """The placement that `config` asks for. Synchronous runs on a CPU take turns, so trainer and workers may each use
+    every core; where they work at the same time the cores are shared out."""
+    cores = cores or os.cpu_count() or 1
+    gpu = {"GPU": 1.0} if config.device == "cuda" else {}
+    together = config.staleness > 0
+    shares = 1 + config.rollout.workers if together else 1
+    threads = max(1, cores // shares)
+    per_worker = max(1, threads // (1 if together else config.rollout.workers))
+    return Placement(
+        trainer={"CPU": 1.0, **gpu},
+        workers=[{"CPU": 1.0, **gpu} for _ in range(config.rollout.workers)],
+        trainer_threads=config.trainer_threads or threads,
+        worker_threads=config.rollout.threads or per_worker,
+    )
+
+
+def connect(address: str | None) -> None:
+    """Joins the cluster at `address` (`auto`: the one running here), or starts one on this machine that listens on
+    loopback only."""
+    if ray.is_initialized():
+        return
+    # Actors import the project from where this process found it.
+    environment = {"PYTHONPATH": os.pathsep.join(p for p in _import_paths())}
+    options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": environment}}
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address:
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise ClusterError(
+                f"cluster.address: no Ray cluster answers at '{address}' ({error}); start one with "
+                "`ray start --head`, or leave cluster.address out to run on this machine"
+            ) from error
+        return
+    ray.init(
+        num_cpus=max(2, os.cpu_count() or 1),
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        object_store_memory=1 << 29,
+        **options,
+    )
+
+
+def _import_paths() -> list[str]:
+    import rlzero
+
+    root = os.path.dirname(os.path.dirname(os.path.abspath(rlzero.__file__)))
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [root, *(p for p in inherited if p and p != root)]
+
+
+def check_resources(placement: Placement) -> None:
+    """Raises `ClusterError` with what the run needs and what the cluster has when some bundle cannot be placed, before
+    anything is started: Ray itself would wait for ever."""
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    free = [dict(node) for node in nodes]
+    unplaced = []
+    for bundle in sorted(placement.bundles, key=lambda b: -sum(b.values())):
+        home = next((n for n in free if all(n.get(k, 0) >= v for k, v in bundle.items())), None)
+        if home is None:
+            unplaced.append(bundle)
+            continue
+        for key, value in bundle.items():
+            home[key] -= value
+    if unplaced:
+        needs = "\n".join(f"    {_resources(b)}" for b in placement.bundles)
+        has = "\n".join(f"    {_resources({k: v for k, v in n.items() if k in ('CPU', 'GPU')})}" for n in nodes)
+        raise ClusterError(
+            f"the cluster cannot hold the run: {len(unplaced)} of {len(placement.bundles)} processes find no node\n"
+            f"  needed (trainer first, then rollout workers):\n{needs}\n  nodes of the cluster:\n{has}\n"
+            "  lower rollout.workers, set device, or add nodes"
+        )
+
+
+def _resources(bundle: dict[str, float]) -> str:
+    return ", ".join(f"{value:g} {key}" for key, value in sorted(bundle.items())) or "nothing"
+
+
+class TrainerActor(Trainer):
+    """The trainer as a Ray actor: what it computes plus handing its weights to a transport."""
+
+    def publish(self, transport: Any, version: int) -> Any:
+        """The handle through which engines receive the weights of policy `version`."""
+        return transport.publish(self.weights(), version)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Thread counts of one process, set before it imports torch: oversubscribed cores cost more than idle ones."""
+    counted = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+    return {"TOKENIZERS_PARALLELISM": "false", **{name: str(threads) for name in counted}}
+
+
+class Cluster:
+    """A run's place on a Ray cluster: one placement group, one trainer, some rollout workers. A context manager: on
+    leaving, every process it started is gone."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.placement = plan(config)
+        self.group: PlacementGroup | None = None
+        self._started_ray = not ray.is_initialized() and config.cluster.address is None
+
+    def __enter__(self) -> Cluster:
+        connect(self.config.cluster.address)
+        try:
+            check_resources(self.placement)
+            self.group = placement_group(self.placement.bundles, strategy="PACK")
+            deadline_s = self.config.cluster.deadline_s
+            if not self.group.wait(deadline_s):
+                raise ClusterError(
+                    f"the cluster has the resources but did not free them within cluster.deadline_s = {deadline_s:g} s; "
+                    f"in use: {_resources({k: v - ray.available_resources().get(k, 0) for k, v in ray.cluster_resources().items() if k in ('CPU', 'GPU')})}"
+                )
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.group is not None and ray.is_initialized():
+            remove_placement_group(self.group)  # kills the actors placed in it
+            self.group = None
+        if self._started_ray and ray.is_initialized():
+            ray.shutdown()
+
+    def start(self, cls: type, index: int, name: str, args: tuple, kwargs: dict[str, Any]) -> Actor:
+        """An actor of `cls` in bundle `index` of the placement group; `kwargs["threads"]` are its CPU threads."""
+        bundle = self.placement.bundles[index]
+        handle = (
+            ray.remote(cls)
+            .options(
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                max_restarts=0,
+                runtime_env={"env_vars": _environment(kwargs["threads"])},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index),
+            )
+            .remote(*args, **kwargs)
+        )
+        return Actor(handle, name)
+
+    def trainer(self, *args: Any, **kwargs: Any) -> TrainerHandle:
+        actor = self.start(TrainerActor, 0, "trainer", args, {**kwargs, "threads": self.placement.trainer_threads})
+        return TrainerHandle(actor, self.config.rollout.deadline_s)
+
+    def worker(self, index: int, kind: str, folder: str, options: dict[str, Any]) -> Actor:
+        kwargs = {"options": options, "threads": self.placement.worker_threads}
+        return self.start(RolloutWorker, 1 + index, f"rollout worker {index}", (kind, folder), kwargs)
+
+
+class Actor:
+    """A Ray actor with a name for people. Every call has a deadline."""
+
+    def __init__(self, handle: Any, name: str):
+        self.handle, self.name = handle, name
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> ray.ObjectRef:
+        return getattr(self.handle, method).remote(*args, **kwargs)
+
+    async def call(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
+        """What `method` returns. Raises `ClusterError` when it takes longer than `deadline_s`, and Ray's
+        `RayActorError` when the process is gone."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self.submit(method, *args, **kwargs)
+        except TimeoutError as error:
+            raise ClusterError(
+                f"{self.name} did not answer '{method}' within {deadline_s:g} s and is taken for hung; if the work "
+                "really takes that long, raise rollout.deadline_s (cluster.deadline_s for the start)"
+            ) from error
+
+    def kill(self) -> None:
+        ray.kill(self.handle, no_restart=True)
+
+
+class TrainerHandle:
+    """Calls on the trainer actor; its death becomes `TrainerDied`."""
+
+    def __init__(self, actor: Actor, deadline_s: float):
+        self.actor, self.deadline_s = actor, deadline_s
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await self.actor.call(method, *args, deadline_s=self.deadline_s, **kwargs)
+        except ray.exceptions.RayActorError as error:
+            raise TrainerDied(f"the trainer's process died during '{method}': {error}") from error
+
+
+class Fleet:
+    """The rollout workers as one engine. The samples of a group stay on one worker (they share the prompt's cache);
+    groups go to workers in turn, so the same requests meet the same batches again in a repeated run. A worker that
+    dies is started again with the current weights, and what it had not finished is written again."""
+
+    def __init__(self, cluster: Cluster, kind: str, folder: str, options: dict[str, Any], max_restarts: int = 10):
+        self.cluster, self.kind, self.folder, self.options = cluster, kind, folder, options
+        self.deadline_s = cluster.config.rollout.deadline_s
+        self.workers = [cluster.worker(i, kind, folder, options) for i in range(cluster.config.rollout.workers)]
+        self.open: list[dict[str, Request]] = [{} for _ in self.workers]
+        self.weights: tuple[Any, int] | None = None  # the last published (handle, version)
+        self.restarts_left = max_restarts
+        self.restarts = 0
+        self._polls: dict[asyncio.Future, int] = {}
+        self._heard_s = [time.monotonic() for _ in self.workers]
+
+    async def ready(self) -> None:
+        """Waits until every engine has loaded its weights."""
+        deadline_s = self.cluster.config.cluster.deadline_s
+        await asyncio.gather(*(worker.call("ping", deadline_s=deadline_s) for worker in self.workers))
+
+    async def submit(self, groups: Sequence[list[Request]]) -> None:
+        """Gives out groups of requests, the first to the first worker and so on in turn."""
+        for index in range(len(self.workers)):
+            share = [request for group in groups[index :: len(self.workers)] for request in group]
+            if share:
+                self.open[index].update((r.id, r) for r in share)
+                self._heard_s[index] = time.monotonic()
+                await self._survive(index, "submit", share)
+
+    async def completed(self, timeout_s: float = 2.0) -> list[Rollout]:
+        """Rollouts that ended on any worker since the last call; [] after `timeout_s` without one."""
+        for index in range(len(self.workers)):
+            self._poll(index)
+        if not self._polls:
+            return []
+        ready, _ = await asyncio.wait(self._polls, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        rollouts: list[Rollout] = []
+        for poll in ready:
+            index = self._polls.pop(poll)
+            try:
+                ended = poll.result()
+            except ray.exceptions.RayActorError as error:
+                await self._revive(index, error)
+                continue
+            for rollout in ended:
+                self.open[index].pop(rollout.id, None)
+            if ended:
+                self._heard_s[index] = time.monotonic()
+            self._poll(index)  # at once: the engine only works inside a call
+            rollouts += ended
+        for worker, requests, heard_s in zip(self.workers, self.open, self._heard_s, strict=True):
+            if requests and time.monotonic() - heard_s > self.deadline_s:
+                raise ClusterError(
+                    f"{worker.name} finished nothing for {self.deadline_s:g} s with {len(requests)} requests open and "
+                    "is taken for hung; raise rollout.deadline_s if completions take that long"
+                )
+        return rollouts
+
+    def _poll(self, index: int) -> None:
+        if self.open[index] and index not in self._polls.values():
+            call = self.workers[index].submit("completed", 1.0, gather_s=GATHER_S)
+            self._polls[asyncio.wrap_future(call.future())] = index
+
+    async def update(self, handle: Any, version: int) -> None:
+        """Installs published weights in every engine, running requests included."""
+        self.weights = (handle, version)
+        await asyncio.gather(*(self._survive(i, "update", handle, version) for i in range(len(self.workers))))
+
+    async def score(self, sequences: list[list[int]], temperature: float) -> list[list]:
+        """Every engine's log-probabilities of `sequences`, one list a worker."""
+        calls = (self._survive(i, "score", sequences, temperature) for i in range(len(self.workers)))
+        return await asyncio.gather(*calls)
+
+    async def _survive(self, index: int, method: str, *args: Any) -> Any:
+        """One call that outlives the worker: a restarted one has the current weights and its open requests."""
+        try:
+            return await self.workers[index].call(method, *args, deadline_s=self.deadline_s)
+        except ray.exceptions.RayActorError as error:
+            await self._revive(index, error)
+            return await self._survive(index, method, *args) if method == "score" else None
+
+    async def _revive(self, index: int, error: Exception) -> None:
+        """A new worker in the place of a dead one: current weights, unfinished requests from their start."""
+        if self.restarts_left == 0:
+            raise ClusterError(f"{self.workers[index].name} died again after {self.restarts} restarts: {error}") from error
+        self.restarts_left -= 1
+        self.restarts += 1
+        worker = self.workers[index] = self.cluster.worker(index, self.kind, self.folder, self.options)
+        await worker.call("ping", deadline_s=self.cluster.config.cluster.deadline_s)
+        if self.weights is not None:
+            await worker.call("update", *self.weights, deadline_s=self.deadline_s)
+        if self.open[index]:
+            await worker.call("submit", list(self.open[index].values()), deadline_s=self.deadline_s)
+        self._heard_s[index] = time.monotonic()

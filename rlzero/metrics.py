@@ -1,0 +1,47 @@
+"""What a step says about itself, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rlzero.config import Reward
+from rlzero.groups import Graded
+
+
+@dataclass
+class Written:
+    """Everything a step wrote, groups that were dropped again included: rewards per checker, lengths, verdicts."""
+
+    waves: list[Graded] = field(default_factory=list)
+
+    def metrics(self, specs: tuple[Reward, ...]) -> dict[str, float]:
+        """Means over all valid completions; counts over all. Lengths and totals in tokens."""
+        groups = [group for wave in self.waves for group in wave.groups]
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        scores = [score for group in groups for score in group.scores]  # [completions][rewards]
+        rewards = np.concatenate([wave.rewards[wave.valid] for wave in self.waves])
+        lengths = np.array([len(rollout.tokens) for rollout in rollouts])
+        values: dict[str, float] = {
+            "reward_mean": float(rewards.mean()) if len(rewards) else float("nan"),
+            "reward_std": float(rewards.std()) if len(rewards) else float("nan"),
+            "degenerate_groups": float(np.concatenate([wave.degenerate for wave in self.waves]).mean()),
+            "length_mean": float(lengths.mean()),
+            "length_max": float(lengths.max()),
+            "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+            "rollout_tokens": float(lengths.sum()),
+            "completions": float(len(rollouts)),
+            "waves": float(len(self.waves)),
+            "reward_errors": float(sum(any(s and s.verdict == "error" for s in row) for row in scores)),
+            "reward_timeouts": float(sum(any(s and s.verdict == "timeout" for s in row) for row in scores)),
+        }
+        for index, spec in enumerate(specs):
+            name = spec.fn.rpartition(":")[2]
+            said = [row[index] for row in scores if row[index] is not None and row[index].verdict != "error"]
+            if said:
+                values[f"reward/{name}"] = float(np.mean([score.value for score in said]))
+            for metric in sorted({m for score in said for m in score.metrics}):
+                found = [score.metrics[metric] for score in said if metric in score.metrics]
+                values[f"reward/{name}/{metric}"] = float(np.mean(found))
+        return values

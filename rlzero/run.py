@@ -1,0 +1,309 @@
+"""One run: its folder, its data, its actors, and the state that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rewards.runner import RewardRunner
+from rlzero import evaluate
+from rlzero.cluster import Cluster, Fleet
+from rlzero.config import Config
+from rlzero.data import PromptStream, load_prompts, load_tokenizer
+from rlzero.groups import Graded, Group
+from rlzero.metrics import Written
+from rlzero.runlog import RunLog
+from rollout import probe
+from rollout.engine import Prompt, Request, Rollout, Sampling
+from rollout.transport.base import Transport
+from rollout.transport.disk import DiskTransport
+from rollout.transport.object_store import ObjectStoreTransport
+from rollout.worker import choose_engine
+from trainer import checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message says what was found and what to do. Exit code 1."""
+
+
+class Interrupted(Exception):
+    """Somebody pressed Ctrl-C; what was finished is saved."""
+
+
+@dataclass
+class OpenGroup:
+    """A group that is being written: the samples that ended, and who waits for it."""
+
+    prompt: Prompt
+    size: int
+    done: asyncio.Future
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+
+
+class Run:
+    """Owns everything a run starts and everything it keeps. An async context manager: on leaving, every process is
+    gone. `resume` goes on from the newest checkpoint of the run's folder."""
+
+    def __init__(self, config: Config, resume: bool, watch: Callable[[str, dict], None] = lambda event, data: None):
+        self.config, self.watch = config, watch
+        self.dir = config.run_dir
+        self.step = 0  # the next step to train
+        self.stopping = False
+        self.tokenizer = load_tokenizer(config.policy.path)
+        self.prompts = PromptStream(load_prompts(config, self.tokenizer, "train"), config.seed)
+        self.held_out = load_prompts(config, self.tokenizer, "evaluation") if config.data.evaluation else None
+        self.probe = probe.probe_sequences(len(self.tokenizer), without=self.tokenizer.all_special_ids)
+        self.start_from = checkpoint.latest(checkpoints(self.dir)) if resume else None
+        self.log = RunLog(self.dir, config.tracking)
+        self.version = -1  # of the policy that the engines hold
+        self._published = asyncio.Condition()
+        self._open: dict[str, OpenGroup] = {}
+        self._pump: asyncio.Task | None = None  # carries rollouts and scores while groups are open
+        self._writing: asyncio.Task | None = None  # collects the groups of coming steps
+        self._taken_from: deque[tuple[int, dict]] = deque(maxlen=config.staleness + 2)  # data position before a step
+        self._written: dict[int, Written] = {}
+        self._step_metrics: dict[str, float] = {}
+        self._step_began_s = time.monotonic()
+
+    # --- start and end -----------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Run:
+        config = self.config
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "config.yaml").write_text(config.resolved_yaml())
+        self.rewards = RewardRunner(
+            config.rewards, workers=config.reward_workers, max_error_share=config.max_reward_error_rate
+        )
+        self.cluster = Cluster(config)
+        try:
+            self.cluster.__enter__()
+            kind, reason = choose_engine(config.rollout.engine)
+            self.watch("engine", {"kind": kind, "reason": reason})
+            self.trainer = self.cluster.trainer(
+                config.policy, config.optimizer, config.loss, seed=config.seed, device=config.device
+            )
+            folder = str(config.policy.path)
+            if self.start_from is not None:
+                state = await self.trainer.call("load", str(self.start_from))
+                self._restore(state)
+                folder = str(self.start_from)
+            self.fleet = Fleet(self.cluster, kind, folder, self._engine_options())
+            self.transport = transport(config)
+            await self.fleet.ready()
+            await self.publish(version=self.step)
+        except BaseException:
+            await self.__aexit__()
+            raise
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self.stop)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in (self._writing, self._pump):
+            if task is not None:
+                task.cancel()
+        self.rewards.close()
+        self.cluster.__exit__()
+
+    def stop(self) -> None:
+        """Asks the run to end: at once where nothing is lost, else after the update in flight. Twice: right now."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        self.watch("stopping", {"step": self.step})
+        if self._writing is not None:
+            self._writing.cancel()
+
+    def _engine_options(self) -> dict[str, Any]:
+        return {"dtype": self.config.policy.dtype, "seed": self.config.seed, **self.config.rollout.engine_args}
+
+    def error(self, message: str) -> RunError:
+        return RunError(message)
+
+    # --- writing and scoring -----------------------------------------------------------------------------------------
+
+    @property
+    def sampling(self) -> Sampling:
+        rollout = self.config.rollout
+        return Sampling(rollout.max_tokens, rollout.temperature, stop=rollout.stop, seed=self.config.seed)
+
+    async def write(self, tag: str, prompts: list[Prompt], samples: int, sampling: Sampling) -> list[Group]:
+        """Completed and scored groups of `samples` completions for every prompt, in the order of `prompts`. `tag`
+        names the occasion (a step, an evaluation): it keys the sampling noise together with the prompt's id."""
+        loop = asyncio.get_running_loop()
+        opened, requests = [], []
+        for prompt in prompts:
+            key = f"{tag}/{prompt.id}"
+            self._open[key] = group = OpenGroup(prompt, samples, loop.create_future())
+            opened.append(group)
+            requests.append([Request(key, s, prompt.tokens, sampling) for s in range(samples)])
+        await self.fleet.submit(requests)
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.create_task(self._carry())
+        return list(await asyncio.gather(*(group.done for group in opened)))
+
+    async def _carry(self) -> None:
+        """Carries rollouts from the engines to the checkers and scores to whoever waits, until nothing is open."""
+        try:
+            while self._open:
+                # While engines write, their news sets the pace; then only checkers are left to wait for.
+                for rollout in await self.fleet.completed():
+                    group = self._open[rollout.prompt_id]
+                    group.rollouts[rollout.sample] = rollout
+                    if len(group.rollouts) == group.size:
+                        texts = [group.rollouts[s].text for s in range(group.size)]
+                        self.rewards.submit(rollout.prompt_id, texts, group.prompt.row)
+                for key, scores in self.rewards.completed(timeout_s=0.0):
+                    group = self._open.pop(key)
+                    rollouts = [group.rollouts[s] for s in range(group.size)]
+                    group.done.set_result(Group(group.prompt, rollouts, [list(s) for s in zip(*scores, strict=True)]))
+                if not any(self.fleet.open):
+                    await asyncio.sleep(0.002)
+        except BaseException as error:
+            for group in self._open.values():
+                if not group.done.done():
+                    group.done.set_exception(error) if isinstance(error, Exception) else group.done.cancel()
+            self._open.clear()
+            if not isinstance(error, Exception):
+                raise
+
+    async def ahead(self, collect: Callable[[int], Awaitable[Graded]]) -> AsyncIterator[Graded]:
+        """What `collect(step)` returns, step by step. The collection of step t starts once the policy has version
+        t - staleness: with staleness 0 that is when everything before it is done. One collection at a time."""
+        ready: asyncio.Queue[Graded] = asyncio.Queue()
+
+        async def produce() -> None:
+            for step in range(self.step, self.config.steps):
+                async with self._published:
+                    await self._published.wait_for(lambda: self.version >= step - self.config.staleness)
+                self._taken_from.append((step, self.prompts.state_dict()))
+                await ready.put(await collect(step))
+
+        self._writing = asyncio.create_task(produce())
+        for _ in range(self.step, self.config.steps):
+            graded = asyncio.create_task(ready.get())
+            await asyncio.wait({graded, self._writing}, return_when=asyncio.FIRST_COMPLETED)
+            if not graded.done() and self._writing.done():
+                graded.cancel()
+                if self._writing.cancelled() and self.stopping:
+                    raise Interrupted
+                self._writing.result()  # raises what stopped the writing
+            yield await graded
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    async def publish(self, version: int) -> None:
+        """Hands the trainer's weights to every engine and compares log-probabilities on the probe: that alone sees
+        what an engine derived or repacked from them."""
+        handle = await self.trainer.call("publish", self.transport, version)
+        await self.fleet.update(handle, version)
+        async with self._published:
+            self.version = version
+            self._published.notify_all()
+        await self.check_agreement(version)
+
+    async def check_agreement(self, version: int) -> None:
+        """Raises `RunError` where an engine's log-probabilities on the probe are further from the trainer's than
+        rollout.max_gap allows."""
+        temperature = self.config.rollout.temperature
+        trained = await self.trainer.call("score", self.probe, temperature)
+        for worker, written in zip(self.fleet.workers, await self.fleet.score(self.probe, temperature), strict=True):
+            gap = probe.gap(written, trained)
+            self._step_metrics["sync_gap"] = max(gap["mean_abs"], self._step_metrics.get("sync_gap", 0.0))
+            if not gap["mean_abs"] <= self.config.rollout.max_gap:
+                raise RunError(
+                    f"{worker.name} and the trainer disagree about policy version {version}: mean |delta logprob| "
+                    f"{gap['mean_abs']:.3g} on the probe, rollout.max_gap is {self.config.rollout.max_gap:g}. Training on "
+                    "such rollouts would be off-policy without saying so. Check that both use the same dtype, and the "
+                    "engine's release (README, supported versions)"
+                )
+
+    async def refresh_reference(self, step: int) -> None:
+        """The reference model becomes the policy every `algorithm.reference_refresh_steps` steps."""
+        every = self.config.algorithm.reference_refresh_steps
+        if self.config.loss.kl_coef and every and step % every == 0:
+            await self.trainer.call("refresh_reference")
+
+    # --- records -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Adds the seconds spent inside to this step's `time_<part>_s`."""
+        start_s = time.monotonic()
+        try:
+            yield
+        finally:
+            name = f"time_{part}_s"
+            self._step_metrics[name] = self._step_metrics.get(name, 0.0) + time.monotonic() - start_s
+
+    def count(self, step: int, graded: Graded) -> None:
+        """What came of one wave of writing, before degenerate groups are dropped."""
+        self._written.setdefault(step, Written()).waves.append(graded)
+
+    def record(self, step: int, graded: Graded, metrics: dict[str, float]) -> None:
+        """Writes the step's line of metrics and, now and then, what the policy wrote."""
+        line = {"step": step, **self._written.pop(step).metrics(self.config.rewards), **metrics}
+        line |= self._step_metrics | {"worker_restarts": self.fleet.restarts, "policy_version": self.version}
+        line["time_step_s"] = time.monotonic() - self._step_began_s
+        self._step_metrics, self._step_began_s = {}, time.monotonic()
+        self.log.metrics(line)
+        self.log.samples(step, graded.groups[0])
+        self.watch("step", line)
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    async def evaluate(self, step: int) -> None:
+        """pass@1 and cons@k on the held-out questions: before the first step, after the last, and every
+        `evaluation.every` steps between."""
+        options = self.config.evaluation
+        due = step in (0, self.config.steps) or (options.every and step % options.every == 0)
+        if self.held_out is None or not due or step in self.log.evaluated:
+            return
+        began_s = time.monotonic()
+        sampling = Sampling(
+            self.config.rollout.max_tokens, options.temperature, options.top_p, stop=self.config.rollout.stop, seed=0
+        )
+        groups = await self.write(f"evaluation.{step}", list(self.held_out), options.samples, sampling)
+        result = evaluate.summarise(groups, self.config.rewards)
+        self.log.evaluation({"step": step, **result, "time_s": time.monotonic() - began_s})
+        self.watch("evaluation", {"step": step, **result})
+        self._step_began_s = time.monotonic()
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    async def save(self, step: int) -> None:
+        """A checkpoint of the boundary before step `step`, if one is due: on the schedule, at the end, on Ctrl-C."""
+        self.step = step
+        every = self.config.checkpoint.every
+        if not (self.stopping or step == self.config.steps or (every and step % every == 0)):
+            return
+        taken = next((state for at, state in self._taken_from if at == step), self.prompts.state_dict())
+        state = {"step": step, "prompts": taken, "name": self.config.name}
+        with self.clock("save"):
+            await self.trainer.call("save", str(checkpoints(self.dir) / f"step-{step:06d}"), state)
+            checkpoint.keep_last(checkpoints(self.dir), self.config.checkpoint.keep)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.prompts.load_state_dict(state["prompts"])
+        self.log.rewind(self.step)
+
+
+def transport(config: Config) -> Transport:
+    """How weights reach the engines: through Ray's object store unless the config names the disk."""
+    if config.rollout.transport == "disk":
+        return DiskTransport(config.run_dir / "weights")
+    return ObjectStoreTransport()
+
+
+def checkpoints(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
