@@ -29,6 +29,7 @@ from rollout.stop import StopFinder
 log = logging.getLogger(__name__)
 
 _PREFILL_TOKENS = 4096  # tokens read in one product at most
+_SCORE_LOGITS = 1 << 26  # logits held at a time while scoring, unless one sequence has more
 _CONTEXT_STEP = 64  # cache rows grow in steps of this many tokens
 
 
@@ -229,7 +230,8 @@ class TorchEngine:
             if not len(sequence) or not all(0 <= token < self.decoder.vocab_size for token in sequence):
                 raise ValueError(f"sequence {i} to score is empty or has ids outside [0, {self.decoder.vocab_size})")
         scores: list[np.ndarray] = []
-        for chunk in _chunks([np.asarray(s, np.int64) for s in sequences], _PREFILL_TOKENS):
+        budget = min(_PREFILL_TOKENS, max(256, _SCORE_LOGITS // self.decoder.vocab_size))
+        for chunk in _chunks([np.asarray(s, np.int64) for s in sequences], budget):
             logprobs = (self.decoder.logits(chunk) / temperature).log_softmax(-1)  # [tokens of the chunk, vocab]
             start = 0
             for tokens in chunk:

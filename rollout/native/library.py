@@ -96,3 +96,7 @@ def load() -> ctypes.CDLL:
     library.draw.argtypes = [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 5
     library.draw.restype = None
     return library
+
+
+if __name__ == "__main__":  # set-up compiles ahead of the first run
+    print(build())

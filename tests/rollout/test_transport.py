@@ -10,9 +10,13 @@ import pytest
 import ray
 import torch
 
+from rollout.torch_engine import EngineUnusable, TorchEngine
 from rollout.transport.base import CorruptWeights, Manifest, changed, describe, fingerprint
 from rollout.transport.disk import DiskTransport
 from rollout.transport.object_store import ObjectStoreTransport
+from trainer.model.config import V3Config
+from trainer.model.hf import named_checkpoint_tensors, save_folder
+from trainer.model.v3 import V3Model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -165,3 +169,53 @@ def test_changed_names_what_differs_and_what_is_missing():
     del held["half"]
     assert changed(manifest, held.items()) == ["matrix", "half"]
     assert np.isclose(float(held["scalar"]), 3.5)
+
+
+# from the trainer's model into an engine
+
+CONFIG = V3Config(
+    vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+    num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2, kv_lora_rank=40, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, num_nextn_predict_layers=1, eos_token_id=1,
+    max_position_embeddings=64, initializer_range=0.2,
+)  # fmt: skip
+
+
+def trainer_logprobs(model, tokens):
+    """By the trainer's forward pass, one document."""
+    n = len(tokens)
+    with torch.no_grad():
+        out = model(torch.tensor(tokens), torch.arange(n), torch.tensor([0, n]))
+        logprobs = model.logits(out.hidden).double().log_softmax(-1)
+    return logprobs[:-1].gather(1, torch.tensor(tokens)[1:, None])[:, 0].numpy()
+
+
+@pytest.fixture
+def engine(tmp_path):
+    save_folder(V3Model(CONFIG).init_weights(0), tmp_path / "model")
+    return TorchEngine(tmp_path / "model", cache="expanded")
+
+
+def test_published_weights_make_the_engine_agree_with_the_trainer(transport, engine):
+    model, tokens = V3Model(CONFIG).init_weights(7), [5, 9, 33, 2, 60, 17, 17, 8]
+    assert np.abs(engine.score([tokens])[0][1:] - trainer_logprobs(model, tokens)).mean() > 1e-2
+    handle = transport.publish(named_checkpoint_tensors(model), version=1)
+    engine.update(transport.receive(handle), version=1)
+    assert np.abs(engine.score([tokens])[0][1:] - trainer_logprobs(model, tokens)).max() < 1e-5
+    manifest = transport.manifest(handle)
+    held = {e.name for e in manifest.entries if ".layers.2." not in e.name}  # all but the MTP layer
+    assert set(changed(manifest, engine.weights())) == {e.name for e in manifest.entries} - held
+
+
+def test_weights_damaged_on_their_way_poison_the_engine(engine):
+    transport = ObjectStoreTransport(4096)
+    handle = transport.publish(named_checkpoint_tensors(V3Model(CONFIG).init_weights(7)), version=1)
+    bucket = ray.get(handle.buckets[3]).copy()
+    bucket[100] ^= 1
+    damaged = replace(handle, buckets=(*handle.buckets[:3], ray.put(bucket), *handle.buckets[4:]))
+    with pytest.raises(CorruptWeights, match=r"model\.layers\.\d.* has fingerprint"):
+        engine.update(transport.receive(damaged), version=1)
+    with pytest.raises(EngineUnusable, match="damaged: model.layers"):
+        engine.score([[1, 2]])
+    engine.update(transport.receive(handle), version=2)
+    assert engine.score([[1, 2]])[0][1] < 0
