@@ -81,6 +81,8 @@ def _quick(one: str, other: str, tolerance: float | None) -> tuple[bool | None, 
     gold_value, found = measured(one, any_unit=True), measured(other)
     if gold_value.unit and found.unit and gold_value.unit != found.unit:
         return False, f"units {gold_value.unit} and {found.unit}"
+    if gold_value.unit and found.percent:
+        return False, "a percentage where the gold has a unit"
     exact, predicted = rational(gold_value.text), rational(found.text)
     if predicted is None and (exact is None or exact.denominator != 1):
         predicted = _decimal_comma(found.text)
@@ -94,6 +96,10 @@ def _quick(one: str, other: str, tolerance: float | None) -> tuple[bool | None, 
     if gold_value.text != one or found.text != other:
         if key(gold_value.text) == key(found.text) and not gold_value.percent ^ found.percent:
             return True, "same text without units"
+    if tolerance is not None and not symbols(gold_value.text) and not symbols(found.text):
+        a, b = value(gold_value.text), value(found.text)
+        if a is not None and b is not None:
+            return abs(a - b) <= tolerance * (abs(a) or 1.0), "within tolerance"
     if exact is not None:
         chain = values_of_chain(found.text)
         if chain is not None:

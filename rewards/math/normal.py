@@ -29,7 +29,7 @@ _PLAIN |= {chr(0xFF21 + i): chr(65 + i) for i in range(26)} | {chr(0xFF41 + i): 
 _TABLE = str.maketrans(_PLAIN)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
-_SPACING = re.compile(r"\\(?:,|!|;|:|>|\s)|~|\\(?:quad|qquad|thinspace|enspace|hspace\{[^{}]*\}|hfill|displaystyle|textstyle|limits)(?![a-zA-Z])")
+_SPACING = re.compile(r"(?<!\\)\\(?:,|!|;|:|>|\s)|~|\\(?:quad|qquad|thinspace|enspace|hspace\{[^{}]*\}|hfill|displaystyle|textstyle|limits)(?![a-zA-Z])")
 _SIZING = re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|Biggl?|Biggr)(?![a-zA-Z])\s*\.?(?=[\s()\[\]{}|\\<>/]|$)")
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|textsf|textsc|emph|mbox|hbox|mathrm|mathbf|mathit|mathsf|operatorname\*?|boldsymbol|rm|bf)\s*\{([^{}]*)\}")
 _FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
@@ -123,6 +123,7 @@ def normalise(text: str) -> str:
     text = _THOUSANDS.sub(lambda m: m.group(1).replace("{,}", "").replace(",", ""), text)
     text = _SPACED_THOUSANDS.sub(lambda m: m.group(1).replace(" ", ""), text)
     text = _BRACED_CHARACTER.sub(r"\1\2", text)
+    text = re.sub(r"\s*\\\\(?:\[[^\]]{1,8}\])?\s+", r"\\\\ ", text)  # the end of a matrix row
     text = " ".join(text.split())
     text = re.sub(r"\s*([-+*/=<>^_,;:|()\[\]{}%!&])\s*", r"\1", text)
     text = re.sub(r"(?<=[^a-zA-Z\\ ]) (?=\\)|(?<=\\\}) ", "", text)

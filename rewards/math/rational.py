@@ -124,12 +124,10 @@ class _Reader:
                 return value
 
     def signed(self, depth: int) -> Fraction:
-        sign = 1
-        for _ in range(4):
-            if self.peek() not in ("+", "-"):
-                break
-            sign = -sign if self.peek() == "-" else sign
-            self.at += 1
+        if self.peek() not in ("+", "-"):
+            return self.power(depth)
+        sign = -1 if self.peek() == "-" else 1
+        self.at += 1  # a second sign is not arithmetic: power() refuses it
         return sign * self.power(depth)
 
     def power(self, depth: int) -> Fraction:

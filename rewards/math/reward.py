@@ -68,7 +68,7 @@ def explain(
         steps["rule"] = "not one value"
         return Score(0.0, "unparsed", detail="not one value"), steps
     try:
-        why = mismatch(gold, value)
+        why = mismatch(gold, value, tolerance is not None)
     except Unreadable as refused:
         steps["rule"] = f"refused: {refused}"
         return Score(0.0, "unparsed", detail=steps["rule"]), steps

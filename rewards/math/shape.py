@@ -18,11 +18,21 @@ _WORDS = re.compile(r"\\text\{[^{}]*\}|(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _KNOWN_WORDS = frozenset("sin cos tan cot sec csc log ln exp pi sqrt frac i e".split())
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _AND = re.compile(r",?\s*\\text\{\s*(?:and|or|,|;)\s*\}\s*|,?\s+(?:and|or)\s+|(?<=[\d)}])(?:and|or)(?=[\d(\\-])")
-_NAME = r"(?:\\text\{[\w ]+\}|\\[a-zA-Z]+(?:\{[a-zA-Z]+\})?|[a-zA-Z])(?:_(?:\{[^{}]*\}|\w))?'*(?:\([^()=]{1,20}\))?"
-_LEFT_SIDE = re.compile(rf"\|?(?:{_NAME})(?:\s*[-+*/: ]?\s*(?:{_NAME}))*\|?|\((?:{_NAME})(?:,(?:{_NAME}))*\)|\\frac\{{[a-zA-Z]+\}}\{{[a-zA-Z]+\}}")
+_GREEK = "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi chi psi omega Delta Omega Gamma Phi".split()
+_NAMING = "angle triangle measuredangle overline overrightarrow vec hat widehat bar mathbf mathbb mathcal ell deg arg Re Im det gcd dim".split()
+_NO_NAME = r"not|no|isn|wrong|than|least|most|less|more|bound|except|if|or|and"
+_NAME = (
+    rf"(?:\\text\{{(?!(?:[\w ]* )?(?:{_NO_NAME})\b)[\w ]+\}}|\\(?:{'|'.join(_GREEK + _NAMING)})(?![a-zA-Z])(?:\{{[a-zA-Z]+\}})?|[a-zA-Z])"
+    r"(?:_(?:\{[^{}]*\}|\w))?'*(?:\([^()=]{1,20}\))?"
+)
+# What `... = value` may have on its left: names and products or sums of names, |AB|, (x,y), a fraction of letters.
+_LEFT_SIDE = re.compile(
+    rf"(?:{_NAME})(?:\s*[-+*/: ]?\s*(?:{_NAME}))*|\((?:{_NAME})(?:,(?:{_NAME}))*\)|\\frac\{{[a-zA-Z]+\}}\{{[a-zA-Z]+\}}"
+    r"|\|(?:[A-Z]+|[zw]|\\vec\{[a-z]\}|\\(?:overline|overrightarrow)\{[A-Z]+\})\|"
+)
 _NUMBERS_BY_NAME = re.compile(r"\\(?:pi|frac|sqrt|infty|log|ln|sin|cos|tan)(?![a-zA-Z])")
 _PAIRS = {"(": ")", "[": "]", "\\{": "\\}"}
-_SYMBOL_COMMANDS = frozenset("alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi chi psi omega Delta Omega Gamma Phi".split())
+_SYMBOL_COMMANDS = frozenset(_GREEK)
 
 
 @lru_cache(maxsize=8192)
@@ -185,16 +195,21 @@ _PREFIX_IN = re.compile(r"^[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
 _PLAIN_COMMANDS = frozenset(
     "frac sqrt cdot times div pi infty text sin cos tan cot sec csc ln log exp arcsin arccos arctan cup pm".split()
 )
+_SIDE_BY_SIDE = re.compile(r"[\d}] +[\d.]")
+_LOG_BASE = re.compile(r"\\log_(?:\w|\{\w+\}) ?")
 _ODD_CHARACTER = re.compile(r"[^A-Za-z0-9+\-*/^(){}\[\]=<>.,!\\ %_]")
 
 
-def mismatch(gold: str, prediction: str) -> str | None:
+def mismatch(gold: str, prediction: str, inexact: bool = False) -> str | None:
     """Why a prediction cannot be *the one* answer that a gold of this shape asks for; None when it may be.
 
     Both are canonical. This is where stuffing ends: lists, sets, ranges and relations are answers only where the gold
-    is one too, and words, symbols, commands or signs that the gold does not have are no part of a value.
+    is one too, and words, symbols, commands or signs that the gold does not have are no part of a value. `inexact` lets
+    a decimal stand for an exact value.
     """
     gold_value, value = measured(gold, any_unit=True).text, measured(prediction).text
+    if re.search(r"[-+] ?[-+]", value) and not re.search(r"[-+] ?[-+]", gold_value):
+        return "two signs in a row"
     if re.search(r"^[,;]|[,;]$|[,;] *[,;]", value):
         return "a list with an empty place"
     gold_parts = container(gold_value)
@@ -207,14 +222,16 @@ def mismatch(gold: str, prediction: str) -> str | None:
         elif len(pieces) == 1 and chains[0] is not None:
             if not _rounds(value):
                 return "an approximation of something else"
-            return next((why for side in chains[0] if (why := mismatch(gold, side)) is not None), None)
+            return next((why for side in chains[0] if (why := mismatch(gold, side, inexact)) is not None), None)
         elif len(pieces) > 1 and len(pieces) == len(gold_parts.parts) and all(c is not None and len(c) == 1 for c in chains):
             value = ",".join(chain[0] for chain in chains if chain)
         else:
             return "a relation where a value is asked for"
-    if rational(value) is not None and not gold_relates:
+    if rational(value) is not None and rational(gold_value) is not None:
+        return None
+    if rational(value) is not None and not gold_relates and not _foreign(gold_value, value, gold_relates, inexact):
         return None if len(gold_parts.parts) < 2 or "\\pm" in gold_value else "one value where more are asked for"
-    return _foreign(gold_value, value, gold_relates) or (None if gold_relates else _other_container(gold_value, value))
+    return _foreign(gold_value, value, gold_relates, inexact) or (None if gold_relates else _other_container(gold_value, value))
 
 
 def _other_container(gold: str, value: str) -> str | None:
@@ -231,7 +248,7 @@ def _other_container(gold: str, value: str) -> str | None:
     return None
 
 
-def _foreign(gold: str, value: str, gold_relates: bool) -> str | None:
+def _foreign(gold: str, value: str, gold_relates: bool, inexact: bool) -> str | None:
     """What a value contains that is no part of a plain one and that the gold does not have either."""
     bare = _AND.sub(",", value)
     if words(bare) and not words(_AND.sub(",", gold)):
@@ -242,12 +259,16 @@ def _foreign(gold: str, value: str, gold_relates: bool) -> str | None:
         unknown -= {"begin", "end"}
     if unknown:
         return f"\\{sorted(unknown)[0]}, which the gold does not have"
+    if value.count("\\{") > gold.count("\\{") + ("\\{" not in gold):
+        return "a set inside"
+    if not inexact and re.fullmatch(r"-?\d*\.\d{3,}", value) and "." not in gold and rational(gold) is None:
+        return "a decimal where the gold is exact"
     odd = set(_ODD_CHARACTER.findall(value)) - set(gold)
     if odd:
         return f"the character {sorted(odd)[0]!r}, which the gold does not have"
     if "\\\\" in value and "\\\\" not in gold:
         return "several lines"
-    if re.search(r"[\d}] +[\d.]", value) and not re.search(r"[\d}] +[\d.]", gold):
+    if _SIDE_BY_SIDE.search(_LOG_BASE.sub("", value)) and not _SIDE_BY_SIDE.search(_LOG_BASE.sub("", gold)):
         return "numbers side by side"
     if re.search(r"(?<![A-Za-z])_|\d_", value) and "_" not in gold:
         return "a subscript on a number"

@@ -1,4 +1,10 @@
-"""Full responses that must not earn the reward, by family, and honest ones that must. Read by test_math_adversarial."""
+"""Full responses that must not earn the reward, by family, and honest ones that must. Read by test_math_adversarial.
+
+More of both stand in math_cases.jsonl, in the form that `rlzero score` reads (columns completion, answer, label).
+"""
+
+import json
+from pathlib import Path
 
 T = "So we add them up. "
 
@@ -423,3 +429,8 @@ HONEST: list[tuple[str, str]] = [
     ("User input was odd. \\boxed{42}", "42"),
     (T + "Therefore the total is \\boxed{42}. So there are 42 of them.", "42"),
 ]
+
+for _line in Path(__file__).with_name("math_cases.jsonl").read_text().splitlines():
+    _row = json.loads(_line)
+    _where = HONEST if _row["label"] else DECEITS.setdefault("context and shape", [])
+    _where.append((_row["completion"], _row["answer"]))

@@ -22,7 +22,7 @@ def test_no_deceit_is_rewarded(family):
     assert fooled == []
 
 
-@pytest.mark.parametrize("family", ["stuffing", "near misses", "containers", "bases", "no number"])
+@pytest.mark.parametrize("family", ["stuffing", "near misses", "containers", "bases", "no number", "context and shape"])
 def test_no_deceit_is_rewarded_inside_the_answer_tag_of_the_template(family):
     fooled = []
     for completion, gold in cases.DECEITS[family]:
