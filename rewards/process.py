@@ -30,6 +30,7 @@ _HEAD = struct.Struct("<4sQ")  # a mark, and the length of the pickle that follo
 _MARK = b"rwd1"
 MAX_REPLY_BYTES = 16 << 20
 START_TIMEOUT_S = 120.0
+TAKE_TIMEOUT_S = 20.0  # a worker that is up and has a core reads its request at once
 _FINISHED = 64  # exit status of a worker that asks to be replaced
 _CLOSED = 65  # exit status of a worker whose caller is gone
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import select
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.load import RewardError, RewardSpec, Row
-from rewards.process import START_TIMEOUT_S, WarmProcess, WorkerGone
+from rewards.process import START_TIMEOUT_S, TAKE_TIMEOUT_S, WarmProcess, WorkerGone
 from rewards.score import Score
 
 Scores = list[list[Score | None]]  # [rewards][samples]
@@ -172,8 +173,8 @@ class RewardRunner:
                 task = self._waiting.popleft()
             seat.task = task
             group, spec = task.group, self.specs[task.reward]
-            request = (task.reward, [group.completions[i] for i in task.indices], [group.rows[i] for i in task.indices])
-            seat.deadline = time.monotonic() + START_TIMEOUT_S
+            request = (task.number, task.reward, [group.completions[i] for i in task.indices], [group.rows[i] for i in task.indices])
+            seat.deadline = time.monotonic() + TAKE_TIMEOUT_S
             seat.started = False
             # an async function keeps its own deadline per completion; this one is for when it blocks
             seat.limit = spec.timeout_s if self.kinds[task.reward] != "async" else 1.2 * spec.timeout_s + 1
@@ -191,12 +192,13 @@ class RewardRunner:
         for reply in replies:
             task = seat.task
             if "ready" in reply:
-                if task is not None and reply["ended"] is not None:
+                # one that died idle, before it took its work, leaves the work in the pipe for this one
+                if task is not None and reply["ended"] is not None and seat.started:
                     seat.task = None
                     self._lost(task, reply["ended"])
             elif "started" in reply:
                 seat.start_clock(reply["cpu_s"])
-            elif task is not None:
+            elif task is not None and reply["task"] == task.number:
                 seat.failures = 0
                 score = None if reply["score"] is None else Score(**reply["score"])
                 task.left.remove(reply["at"])
@@ -214,11 +216,11 @@ class RewardRunner:
     def _hold_deadline(self, seat: _Seat) -> None:
         if seat.task is None or time.monotonic() < seat.deadline:
             return
-        if seat.started and seat.starved():
+        if seat.starved():
             seat.deadline = time.monotonic() + seat.limit / 4
             return
         if not seat.started:
-            self._restart(seat, WorkerGone(f"a worker did not take its work within {START_TIMEOUT_S} s"))
+            self._restart(seat, WorkerGone(f"a worker did not take its work within {TAKE_TIMEOUT_S} s"))
             return
         task, seat.task = seat.task, None
         seat.process.kill_worker()
@@ -323,6 +325,7 @@ class _Task:
     indices: list[int]  # into the group
     attempts: int = 0
     left: list[int] = field(init=False)  # into `indices`: not answered yet
+    number: int = field(default_factory=itertools.count().__next__)  # tells a reply to another task
 
     def __post_init__(self) -> None:
         self.left = list(range(len(self.indices)))
@@ -348,5 +351,7 @@ class _Seat:
     def starved(self) -> bool:
         """Whether the deadline passed because the worker waited for a core: runnable, and hardly any CPU used."""
         used, state = self.process.cpu_seconds()
+        if not self.started:
+            return state == "R" and time.monotonic() - self.deadline < START_TIMEOUT_S
         late = time.monotonic() - self._wall > STARVED_FACTOR * self.limit
         return state == "R" and used - self._cpu < self.limit / 2 and not late

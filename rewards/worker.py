@@ -13,7 +13,7 @@ from rewards.load import Reward, RewardSpec, Row, load_reward
 from rewards.process import Handler, alarm_after
 from rewards.score import Score
 
-Request = tuple[int, list[str], list[Row]]  # index of the reward, completions, a row each
+Request = tuple[int, int, list[str], list[Row]]  # number of the task, index of the reward, completions, a row each
 ALARM_FACTOR, ALARM_EXTRA_S = 5.0, 10.0  # the caller's deadline comes first; this one holds when the caller is gone
 _DETAIL_CHARACTERS = 4_000
 
@@ -49,7 +49,7 @@ class _Handler:
         self.about = ["group" if r.is_group else "async" if r.is_async else "each" for r in rewards]
 
     def __call__(self, request: Request) -> Iterator[dict[str, Any]]:
-        index, completions, rows = request
+        task, index, completions, rows = request
         reward, limit, kind = self.rewards[index], self.specs[index].timeout_s, self.about[index]
         alarm_s = ALARM_FACTOR * limit + ALARM_EXTRA_S
         alarm_after(alarm_s)
@@ -62,7 +62,7 @@ class _Handler:
         for at, score in pairs:
             self.left -= 1
             packed = None if score is None else {**asdict(score), "detail": score.detail[-_DETAIL_CHARACTERS:]}
-            yield {"at": at, "score": packed, "cpu_s": time.process_time(), "replace": self._worn_out(score)}
+            yield {"task": task, "at": at, "score": packed, "cpu_s": time.process_time(), "replace": self._worn_out(score)}
         alarm_after(0)
 
     def _each(self, reward: Reward, completions: list[str], rows: list[Row], alarm_s: float) -> Iterator[tuple]:

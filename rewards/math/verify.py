@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Literal
 
-from rewards.process import START_TIMEOUT_S, WarmProcess, WorkerGone
+from rewards.process import START_TIMEOUT_S, TAKE_TIMEOUT_S, WarmProcess, WorkerGone
 from rewards.worker import in_worker
 
 LIMIT_S = 2.0
@@ -88,11 +88,14 @@ class _Client:
         process = self.process
         if not self.alive:
             self._await_ready(process)
+        process.receive()  # a worker that died while idle has been replaced: nobody's fault
         process.send((gold, prediction, prose))
         started = cpu_start = None
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + TAKE_TIMEOUT_S
         while True:
             for reply in process.wait(max(0.0, deadline - time.monotonic())):
+                if "ready" in reply and started is None:
+                    continue  # its predecessor died idle; this one takes the request from the pipe
                 if "ready" in reply:  # it died by itself: out of memory, or a crash in a library
                     return "timeout", f"the checker's process ended with {reply['ended']}"
                 if "started" in reply:
@@ -102,9 +105,11 @@ class _Client:
                     return reply["outcome"], reply["why"]
             if time.monotonic() < deadline:
                 continue
-            if started is None:
-                raise WorkerGone("it did not take its work")
             used, state = process.cpu_seconds()
+            if started is None:
+                if state == "R" and time.monotonic() - deadline < START_TIMEOUT_S:
+                    continue
+                raise WorkerGone("it did not take its work")
             if state == "R" and used - cpu_start < LIMIT_S / 2 and time.monotonic() - started < 4 * LIMIT_S:
                 deadline = time.monotonic() + LIMIT_S / 4  # it waited for a core
                 continue

@@ -177,9 +177,9 @@ def test_math_verify_is_killed_when_it_hangs_and_is_back():
     outcome, why = verify("2x", "+".join(f"\\int_0^1 \\sin(x^{{{n}}}) \\ln(x+{n}) dx" for n in range(1, 60)))
     assert outcome in ("timeout", "different") and time.monotonic() - start < 20
     assert verify("y", "y")[0] == "equal"
-    os.kill(client.process.worker_pid, 19)  # stopped: it will never answer
-    assert verify("x+1", "1+x")[0] == "timeout"
-    assert verify("x+1", "1+x")[0] == "equal" and client.process.worker_pid != first
+    second = client.process.worker_pid
+    os.kill(second, 9)  # dies while idle: the next answer is not to blame
+    assert verify("x+1", "1+x")[0] == "equal" and len({first, second, client.process.worker_pid}) >= 2
 
 
 def test_threads_share_the_checker():
