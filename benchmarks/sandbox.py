@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -83,7 +82,11 @@ def cold(seconds: float) -> dict[str, float]:
 def data_sets(sandbox: Sandbox, folder: Path) -> dict[str, dict]:
     """Every reference solution against its own tests, and the time it takes."""
     results = {}
-    for name, read in {"humaneval.jsonl": _human_eval, "mbpp.jsonl": _mbpp, "mbpp_sanitized_427.jsonl": _sanitized}.items():
+    for name, read in {
+        "humaneval.jsonl": _human_eval,
+        "mbpp.jsonl": _mbpp,
+        "mbpp_sanitized_427.jsonl": _sanitized,
+    }.items():
         if not (folder / name).exists():
             print(f"{name} is not in {folder}: left out", file=sys.stderr)
             continue
@@ -118,7 +121,8 @@ def orphans(sandbox: Sandbox, jobs: int) -> dict[str, int]:
     programs = [
         FUNCTION, "import os\ndef f(x): os._exit(0)",
         "import ctypes, threading, time\ndef f(x):\n    threading.Thread(target=time.sleep, args=(99,)).start()\n"
-        "    libc = ctypes.CDLL(None)\n    for n in (57, 58):\n        if libc.syscall(n) == 0:\n            libc.setsid()\n"
+        "    libc = ctypes.CDLL(None)\n    for n in (57, 58):\n        if libc.syscall(n) == 0:\n"
+        "            libc.setsid()\n"
         "            time.sleep(99)\n    return x + 1",
     ]  # fmt: skip
     before = len(_family())
@@ -142,7 +146,19 @@ def fuzz(seconds: float, seed: int = 0) -> dict[str, int]:
     each of them documents ends the program with its traceback."""
     chance, counts = random.Random(seed), {"streams": 0, "values_read": 0, "values_refused": 0, "completions": 0}
     samples = [1, -(2**70), 2.5, "x", None, True, [1, 2], [[1], "a"], (1, (2,)), {1: "a"}, {1, 2}, b"ab", 3j, range(3)]
-    words = ["```", "```python\n", "\n", "<think>", "</think>", "<answer>", "</answer>", "def f(): pass", "~~~", "User:", "</s>"]
+    words = [
+        "```",
+        "```python\n",
+        "\n",
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+        "def f(): pass",
+        "~~~",
+        "User:",
+        "</s>",
+    ]
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         stream = bytearray(values.frame({"ready": True}))
@@ -187,7 +203,11 @@ def measure(options: argparse.Namespace) -> dict:
     started = time.perf_counter()
     with Sandbox() as sandbox:
         result: dict = {"python": sys.version.split()[0], "start_s": time.perf_counter() - started}
-        for name, code, tests in (("function call", FUNCTION, CALL), ("stdin", READER, PROGRAM), ("assert", FUNCTION, ASSERT)):
+        for name, code, tests in (
+            ("function call", FUNCTION, CALL),
+            ("stdin", READER, PROGRAM),
+            ("assert", FUNCTION, ASSERT),
+        ):
             result.setdefault("speed", {})[name] = speed(sandbox, code, tests, options.seconds)
         result["speed"]["cold interpreter, no walls"] = cold(options.seconds)
         if options.data:
@@ -213,7 +233,11 @@ def show(result: dict) -> None:
         cells = "".join(f"{row[key]:9.1f}" if key in row else f"{'':9}" for key in keys)
         print(f"{name:28}{cells}   {targets.get(name, '')}")
     for name, row in result.get("data_sets", {}).items():
-        print(f"\n{name}: {row['passed']} of {row['rows']} references pass, {row['rows_per_s']:.0f} rows/s", *row["failed"], sep="\n  ")
+        print(
+            f"\n{name}: {row['passed']} of {row['rows']} references pass, {row['rows_per_s']:.0f} rows/s",
+            *row["failed"],
+            sep="\n  ",
+        )
     if "orphans" in result:
         row = result["orphans"]
         print(f"\n{row['jobs']} jobs: {row['processes_before']} processes before, {row['processes_after']} after")
@@ -222,7 +246,9 @@ def show(result: dict) -> None:
         for row in result["attacks"]:
             state = f"SUCCEEDED: {row['succeeded']}" if row["succeeded"] else "blocked"
             naive = "naive" if row["beats_naive"] else ""
-            print(f"  {row['name'][:46]:46} {row['kind']:8} {naive:6} {row['verdict']:8} {row['seconds']:5.2f} s  {state}")
+            print(
+                f"  {row['name'][:46]:46} {row['kind']:8} {naive:6} {row['verdict']:8} {row['seconds']:5.2f} s  {state}"
+            )
         won = sum(bool(row["succeeded"]) for row in result["attacks"])
         names = len({row["name"] for row in result["attacks"]})
         print(f"  {names} programs, {len(result['attacks'])} runs, {won} succeeded")
@@ -231,7 +257,7 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    """Reads the options, measures, prints; exit code 1 when an attack succeeded, a reference failed or a process is left."""
+    """Measures and prints; exit code 1 for an attack that succeeded, a failed reference or a process left behind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each speed")
     parser.add_argument("--data", type=Path, help="folder of humaneval.jsonl and mbpp.jsonl")

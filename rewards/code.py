@@ -140,7 +140,9 @@ def parse_tests(tests: object, entry_point: str | None = None, setup: str = "", 
     if isinstance(tests, dict) and {"inputs", "outputs"} <= set(tests):
         inputs, outputs, entry = tests["inputs"], tests["outputs"], tests.get("fn_name") or entry_point
         if not inputs or len(inputs) != len(outputs):
-            raise ValueError(f"tests hold {len(inputs)} inputs and {len(outputs)} outputs, expected as many, at least 1")
+            raise ValueError(
+                f"tests hold {len(inputs)} inputs and {len(outputs)} outputs, expected as many, at least 1"
+            )
         if entry:
             calls = [(tuple(i), {}) if isinstance(i, list | tuple) else ((), dict(i)) for i in inputs]
             return CallTests(entry, calls, list(outputs), setup, lists=True)
@@ -195,7 +197,7 @@ def _check_calls(
         return [Outcome("wrong", run.load)] * (len(tests.inputs) - first)
     outcomes = [
         _judge_answer(frame, expected, tolerance, tests.lists)
-        for frame, expected in zip(run.frames, tests.expected[first:])
+        for frame, expected in zip(run.frames, tests.expected[first:], strict=False)
     ]
     return outcomes + _unanswered(run, len(tests.inputs) - first - len(outcomes))
 

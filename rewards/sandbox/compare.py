@@ -1,4 +1,4 @@
-"""Whether what a candidate returned or printed is what was expected. Runs in the trusted process, on genuine built-ins."""
+"""Whether what a candidate returned or printed is what was expected: in the trusted process, on genuine built-ins."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def same_value(expected: object, actual: object, tolerance: float | None = None,
         return same_value((expected.real, expected.imag), (actual.real, actual.imag), tolerance)
     if kind in (list, tuple) or kind.__name__ == "deque":
         return len(expected) == len(actual) and all(
-            same_value(e, a, tolerance, lists) for e, a in zip(expected, actual)
+            same_value(e, a, tolerance, lists) for e, a in zip(expected, actual, strict=True)
         )
     if isinstance(expected, dict):
         if len(expected) != len(actual) or not _same_members(expected, actual):
@@ -62,7 +62,9 @@ def same_output(expected: str, actual: str, tolerance: float | None = None) -> b
     left, right = expected.split(), actual.split()
     if len(left) != len(right):
         return False
-    return all(a == b or (tolerance is not None and _close_words(a, b, tolerance)) for a, b in zip(left, right))
+    return all(
+        a == b or (tolerance is not None and _close_words(a, b, tolerance)) for a, b in zip(left, right, strict=True)
+    )
 
 
 def _close_words(expected: str, actual: str, tolerance: float) -> bool:

@@ -1,7 +1,7 @@
 """The seccomp filter of a job: a short list of system calls that pure computation needs, everything else refused.
 
-Built as classic BPF without a compiler or libseccomp. A refused call fails with `EPERM`, so a candidate sees an ordinary
-`PermissionError`; another architecture's calling convention (32-bit or x32 on x86-64) kills the process.
+Built as classic BPF without a compiler or libseccomp. A refused call fails with `EPERM`, so a candidate sees an
+ordinary `PermissionError`; another architecture's calling convention (32-bit or x32 on x86-64) kills the process.
 Numbers: Linux `asm/unistd_64.h` and `asm-generic/unistd.h`.
 """
 
@@ -14,34 +14,94 @@ import struct
 # name: (x86-64, aarch64); -1 = the architecture has no such call
 ALLOWED: dict[str, tuple[int, int]] = {
     # bytes in and out of descriptors that are already open (nothing below can open a file)
-    "read": (0, 63), "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "newfstatat": (262, 79), "lseek": (8, 62),
-    "pread64": (17, 67), "pwrite64": (18, 68), "readv": (19, 65), "writev": (20, 66), "dup": (32, 23),
-    "dup2": (33, -1), "dup3": (292, 24), "fcntl": (72, 25), "pipe": (22, -1), "pipe2": (293, 59),
-    "close_range": (436, 436), "getcwd": (79, 17),
+    "read": (0, 63),
+    "write": (1, 64),
+    "close": (3, 57),
+    "fstat": (5, 80),
+    "newfstatat": (262, 79),
+    "lseek": (8, 62),
+    "pread64": (17, 67),
+    "pwrite64": (18, 68),
+    "readv": (19, 65),
+    "writev": (20, 66),
+    "dup": (32, 23),
+    "dup2": (33, -1),
+    "dup3": (292, 24),
+    "fcntl": (72, 25),
+    "pipe": (22, -1),
+    "pipe2": (293, 59),
+    "close_range": (436, 436),
+    "getcwd": (79, 17),
     # waiting
-    "poll": (7, -1), "ppoll": (271, 73), "select": (23, -1), "pselect6": (270, 72), "epoll_create1": (291, 20),
-    "epoll_ctl": (233, 21), "epoll_wait": (232, -1), "epoll_pwait": (281, 22), "eventfd2": (290, 19),
-    "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "sched_yield": (24, 124), "pause": (34, -1),
+    "poll": (7, -1),
+    "ppoll": (271, 73),
+    "select": (23, -1),
+    "pselect6": (270, 72),
+    "epoll_create1": (291, 20),
+    "epoll_ctl": (233, 21),
+    "epoll_wait": (232, -1),
+    "epoll_pwait": (281, 22),
+    "eventfd2": (290, 19),
+    "nanosleep": (35, 101),
+    "clock_nanosleep": (230, 115),
+    "sched_yield": (24, 124),
+    "pause": (34, -1),
     # the two ends of a stream pair, which asyncio wakes itself with (socketpair itself is among the conditions)
-    "sendto": (44, 206), "recvfrom": (45, 207), "shutdown": (48, 210),
+    "sendto": (44, 206),
+    "recvfrom": (45, 207),
+    "shutdown": (48, 210),
     # memory
-    "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216),
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "munmap": (11, 215),
+    "brk": (12, 214),
+    "mremap": (25, 216),
     "madvise": (28, 233),
     # signals to itself and timers
-    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132),
-    "restart_syscall": (219, 128), "getitimer": (36, 102), "setitimer": (38, 103), "alarm": (37, -1),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132),
+    "restart_syscall": (219, 128),
+    "getitimer": (36, 102),
+    "setitimer": (38, 103),
+    "alarm": (37, -1),
     # threads
-    "futex": (202, 98), "set_robust_list": (273, 99), "get_robust_list": (274, 100), "rseq": (334, 293),
-    "set_tid_address": (218, 96), "sched_getaffinity": (204, 123), "getcpu": (309, 168),
+    "futex": (202, 98),
+    "set_robust_list": (273, 99),
+    "get_robust_list": (274, 100),
+    "rseq": (334, 293),
+    "set_tid_address": (218, 96),
+    "sched_getaffinity": (204, 123),
+    "getcpu": (309, 168),
     # the clock, chance, and who am I
-    "clock_gettime": (228, 113), "clock_getres": (229, 114), "gettimeofday": (96, 169), "time": (201, -1),
-    "getrandom": (318, 278), "getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173), "getpgrp": (111, -1),
-    "getpgid": (121, 155), "getsid": (124, 156), "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176),
-    "getegid": (108, 177), "getresuid": (118, 148), "getresgid": (120, 150), "getgroups": (115, 158),
-    "getrlimit": (97, 163), "getrusage": (98, 165), "getpriority": (140, 141),
-    "times": (100, 153), "sysinfo": (99, 179), "uname": (63, 160),
+    "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
+    "gettimeofday": (96, 169),
+    "time": (201, -1),
+    "getrandom": (318, 278),
+    "getpid": (39, 172),
+    "gettid": (186, 178),
+    "getppid": (110, 173),
+    "getpgrp": (111, -1),
+    "getpgid": (121, 155),
+    "getsid": (124, 156),
+    "getuid": (102, 174),
+    "geteuid": (107, 175),
+    "getgid": (104, 176),
+    "getegid": (108, 177),
+    "getresuid": (118, 148),
+    "getresgid": (120, 150),
+    "getgroups": (115, 158),
+    "getrlimit": (97, 163),
+    "getrusage": (98, 165),
+    "getpriority": (140, 141),
+    "times": (100, 153),
+    "sysinfo": (99, 179),
+    "uname": (63, 160),
     # the end
-    "exit": (60, 93), "exit_group": (231, 94),
+    "exit": (60, 93),
+    "exit_group": (231, 94),
 }
 CONDITIONAL: dict[str, tuple[int, int]] = {
     "clone": (56, 220), "clone3": (435, 435), "socketpair": (53, 199), "ioctl": (16, 29),
@@ -49,7 +109,13 @@ CONDITIONAL: dict[str, tuple[int, int]] = {
 }  # fmt: skip
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column in the tables, AUDIT_ARCH_*
-_NR, _ARCH, _ARG0, _ARG1, _ARG2 = 0, 4, 16, 24, 32  # offsets in struct seccomp_data; the low half of an argument comes first
+_NR, _ARCH, _ARG0, _ARG1, _ARG2 = (
+    0,
+    4,
+    16,
+    24,
+    32,
+)  # offsets in struct seccomp_data; the low half of an argument comes first
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 _PASS, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 

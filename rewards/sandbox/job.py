@@ -23,10 +23,6 @@ MAX_REQUEST_BYTES = 256 << 20  # from the trusted side: code and inputs
 
 def run(task: dict) -> int:
     """Does what the parent asked (`task["mode"]`: call, program, serve) and returns the exit code."""
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
-    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), encoding="utf-8")
-    sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", "backslashreplace")
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     return {"call": _call, "program": _program, "serve": _serve}[task["mode"]](task)
 
 
@@ -37,7 +33,7 @@ def _module(name: str) -> dict:
 
 
 def describe(error: BaseException) -> dict:
-    """An exception as names and a bounded message; its class's own `__str__` may do anything, so any failure is fine."""
+    """An exception as a name and a bounded message; its own `__str__` may do anything, so any failure of it is fine."""
     try:
         message = str(error)[:300]
     except BaseException:  # noqa: BLE001 - model-written __str__; the name alone is then the description
@@ -92,6 +88,8 @@ def _write_all(data: bytes) -> None:
 
 def _program(task: dict) -> int:
     """A whole program as `__main__`: its standard output and exit code are its answer."""
+    sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8")
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
     namespace = _module("__main__")
     namespace["__builtins__"] = __builtins__
     code = 0

@@ -27,6 +27,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
+_capset, _capget = _libc.capset, _libc.capget  # looked up before the fork, not in every job
 
 
 def _checked(result: int, what: str) -> int:
@@ -89,13 +90,19 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
 
-def install_filter(program: bytes) -> None:
-    """Installs a seccomp filter (array of `struct sock_filter`) for this thread and its children."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    fields = _Program(len(program) // 8, ctypes.cast(buffer, ctypes.c_void_p))
-    _checked(_libc.prctl(_PR_SET_SECCOMP, 2, ctypes.addressof(fields), 0, 0), "prctl(SECCOMP)")
-    if _libc.prctl(_PR_GET_SECCOMP, 0, 0, 0, 0) == 0:  # 2, or refused by the filter itself
-        raise OSError("prctl(SECCOMP) did not hold")
+class Filter:
+    """A seccomp filter made ready once, so that installing it in a fresh fork is a system call and little else."""
+
+    def __init__(self, program: bytes) -> None:
+        self._buffer = ctypes.create_string_buffer(program, len(program))  # of `struct sock_filter`, 8 bytes each
+        self._fields = _Program(len(program) // 8, ctypes.cast(self._buffer, ctypes.c_void_p))
+        self._address = ctypes.addressof(self._fields)
+
+    def install(self) -> None:
+        """For this thread and its children, for good."""
+        _checked(_libc.prctl(_PR_SET_SECCOMP, 2, self._address, 0, 0), "prctl(SECCOMP)")
+        if _libc.prctl(_PR_GET_SECCOMP, 0, 0, 0, 0) == 0:  # 2, or refused by the filter itself
+            raise OSError("prctl(SECCOMP) did not hold")
 
 
 def landlock_abi() -> int:
@@ -117,12 +124,14 @@ def landlock_deny_all(abi: int) -> None:
         os.close(ruleset)
 
 
+_CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)  # version 3, this thread
+_NO_CAPABILITIES = bytes(24)
+_capabilities = ctypes.create_string_buffer(24)
+
+
 def drop_capabilities() -> None:
-    """Gives up every capability (capset, version 3) and checks it."""
-    header = struct.pack("=Ii", 0x20080522, 0)
-    nothing = ctypes.create_string_buffer(24)
-    _checked(_libc.capset(header, nothing), "capset")
-    now = ctypes.create_string_buffer(24)
-    _checked(_libc.capget(header, now), "capget")
-    if any(now.raw):
+    """Gives up every capability and checks it."""
+    _checked(_capset(_CAPABILITY_HEADER, _NO_CAPABILITIES), "capset")
+    _checked(_capget(_CAPABILITY_HEADER, _capabilities), "capget")
+    if _capabilities.raw != _NO_CAPABILITIES:
         raise OSError("capset did not hold")

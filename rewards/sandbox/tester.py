@@ -169,7 +169,7 @@ def _exactly(kind: type, value: object) -> object:
 
 
 def candidate_names(tests: list[str], known: set[str]) -> list[str]:
-    """The names in `tests` that only the candidate can define: loaded, and neither `known` nor bound there nor built in.
+    """The names in `tests` that only the candidate can define: loaded, neither `known` nor bound there nor built in.
     Where there is none (the task's function is called `sum`), what the assertions call on their left side."""
     loaded, bound, outermost, modules = {}, set(), [], set()
     for tree in map(ast.parse, tests):

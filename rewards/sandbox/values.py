@@ -120,7 +120,9 @@ def decode(data: object, resolve: Resolve | None = None, depth: int = 0) -> obje
                 raise BadValue("a mapping of something other than pairs")
             keys = [decode(pair[0], resolve, depth + 1) for pair in body]
             _check_hashes(keys)
-            return _READ_MAPPING[tag](dict(zip(keys, [decode(pair[1], resolve, depth + 1) for pair in body])))
+            return _READ_MAPPING[tag](
+                dict(zip(keys, [decode(pair[1], resolve, depth + 1) for pair in body], strict=True))
+            )
         return _decode_scalar(tag, body, resolve)
     except BadValue:
         raise
@@ -187,10 +189,13 @@ def text_of(claim: object, key: str, max_characters: int = 300) -> str:
     return found[:max_characters] if type(found) is str else ""
 
 
+_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
+
 def dumps(message: object) -> bytes:
     """JSON bytes, ASCII (lone surrogates survive). `BadValue` where JSON cannot hold it."""
     try:
-        return json.dumps(message, separators=(",", ":"), allow_nan=False).encode()
+        return _JSON.encode(message).encode()
     except (ValueError, TypeError, RecursionError) as error:
         raise BadValue(f"not sendable: {type(error).__name__}") from error
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from . import filter as syscall_filter
 from . import syscalls
 
 NOBODY = 65534
@@ -126,66 +125,66 @@ def cpu_seconds(limits: Limits) -> int:
     return math.ceil(limits.total_s) + 1
 
 
+# Nothing of these at all. The last three have no name in Python: MSGQUEUE, SIGPENDING, RTPRIO.
+_FORBIDDEN = (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, 12, 11, 14)
+
+
 def rlimits(limits: Limits, interpreter_bytes: int) -> None:
     """Soft = hard, so nothing can be raised again. A hard limit below what the job was promised is a missing wall:
     the candidate would fail for our reasons."""
-    wanted = {
-        "AS": interpreter_bytes + limits.memory_bytes,
-        "CPU": cpu_seconds(limits),
-        "NPROC": limits.threads,
-        "NOFILE": _OPEN_FILES,
-        "STACK": _STACK_BYTES,
-        "DATA": interpreter_bytes + limits.memory_bytes,
-    }
-    for name, value in wanted.items():
-        kind = getattr(resource, "RLIMIT_" + name)
-        hard = resource.getrlimit(kind)[1]
-        if hard != resource.RLIM_INFINITY and hard < value:
-            raise MissingWall(f"rlimit {name}", f"the job needs {value}, the hard limit is {hard}; raise it (ulimit)")
-        with _wall(f"rlimit {name}"):
+    memory = interpreter_bytes + limits.memory_bytes
+    for name, kind, value in (
+        ("AS", resource.RLIMIT_AS, memory),
+        ("DATA", resource.RLIMIT_DATA, memory),
+        ("CPU", resource.RLIMIT_CPU, cpu_seconds(limits)),
+        ("NPROC", resource.RLIMIT_NPROC, limits.threads),
+        ("NOFILE", resource.RLIMIT_NOFILE, _OPEN_FILES),
+        ("STACK", resource.RLIMIT_STACK, _STACK_BYTES),
+    ):
+        try:
             resource.setrlimit(kind, (value, value))
-    for name in ("FSIZE", "CORE", "MEMLOCK", "MSGQUEUE", "SIGPENDING", "RTPRIO"):
-        with _wall(f"rlimit {name}"):
-            resource.setrlimit(getattr(resource, "RLIMIT_" + name, _LINUX_ONLY.get(name)), (0, 0))
-
-
-_LINUX_ONLY = {"MSGQUEUE": 12, "SIGPENDING": 11, "RTPRIO": 14}
-
-
-def landlock(abi: int) -> None:
-    """No file, no TCP, no signal out of the job, whatever the other walls do."""
-    with _wall("landlock", "needs Linux 5.13 with CONFIG_SECURITY_LANDLOCK and 'landlock' among the active LSMs"):
-        syscalls.landlock_deny_all(abi)
+        except ValueError as error:
+            found = f"the job needs {value}, the hard limit is {resource.getrlimit(kind)[1]}; raise it (ulimit)"
+            raise MissingWall(f"rlimit {name}", found) from error
+    for kind in _FORBIDDEN:
+        resource.setrlimit(kind, (0, 0))
 
 
 def landlock_abi() -> int:
     """The kernel's landlock version; raises `MissingWall` where there is none."""
-    with _wall("landlock", "needs Linux 5.13 with CONFIG_SECURITY_LANDLOCK and 'landlock' among the active LSMs"):
+    with _wall("landlock", _LANDLOCK_ADVICE):
         return syscalls.landlock_abi()
 
 
-def seccomp(program: bytes) -> None:
-    """The list of allowed system calls (`filter.py`)."""
-    with _wall("seccomp", "needs a kernel with CONFIG_SECCOMP_FILTER"):
-        syscalls.install_filter(program)
+_LANDLOCK_ADVICE = "needs Linux 5.13 with CONFIG_SECURITY_LANDLOCK and 'landlock' among the active LSMs"
 
 
-def around_job(limits: Limits, interpreter_bytes: int, abi: int, program: bytes, own_user_namespace: bool) -> None:
-    """Everything a fork of the zygote puts up before it reads its first untrusted byte."""
-    if own_user_namespace:
-        with _wall("user namespace", _ADVICE):
+def around_job(
+    limits: Limits, interpreter_bytes: int, abi: int, seccomp: syscalls.Filter, own_user_namespace: bool
+) -> None:
+    """Everything a fork of the zygote puts up before it reads its first untrusted byte.
+
+    Written without helpers that every job would pay for: a page that a fresh fork touches is a page to copy.
+    """
+    name, advice = "user namespace", _ADVICE
+    try:
+        if own_user_namespace:
             syscalls.unshare(syscalls.CLONE_NEWUSER)
-    rlimits(limits, interpreter_bytes)
-    with _wall("user namespace"):
         syscalls.set_dumpable(False)
         syscalls.drop_capabilities()
+        name, advice = "rlimit", ""
+        rlimits(limits, interpreter_bytes)
+        name, advice = "landlock", _LANDLOCK_ADVICE
         syscalls.no_new_privileges()
-    landlock(abi)
-    seccomp(program)
+        syscalls.landlock_deny_all(abi)
+        name, advice = "seccomp", "needs a kernel with CONFIG_SECCOMP_FILTER"
+        seccomp.install()
+    except (OSError, ValueError) as error:
+        raise MissingWall(name, f"{error}{'; ' + advice if advice else ''}") from error
 
 
 def check_job(abi: int, pid_namespace: bool) -> None:
-    """Called inside the first job's walls: tries what must fail. Raises `MissingWall` for the wall that let it through."""
+    """Called inside the first job's walls: tries what must fail; `MissingWall` names the wall that let it through."""
     if pid_namespace and os.getpid() != 1:
         raise MissingWall("PID namespace", f"the job is process {os.getpid()}, expected 1")
     attempts = {

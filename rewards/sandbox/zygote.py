@@ -73,7 +73,7 @@ class Zygote:
         self.config = config
         self.pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY) if config["namespaces"] else None
         self.abi = walls.landlock_abi()
-        self.program = syscall_filter.program()
+        self.seccomp = syscalls.Filter(syscall_filter.program())
         with open("/proc/self/statm") as stream:
             self.interpreter_bytes = int(stream.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         self.jobs: dict[int, tuple[int, int]] = {}  # pidfd: (pid, job)
@@ -140,7 +140,7 @@ class Zygote:
         })  # fmt: skip
 
     def child(self, request: dict, fds: list[int]) -> None:
-        """Never returns. The first frame on the parent's line says whether the walls stand: no candidate has run yet."""
+        """Never returns. Its first frame to the parent says whether the walls stand: no candidate has run yet."""
         code = 70
         try:
             os.setsid()
@@ -149,7 +149,7 @@ class Zygote:
             syscalls.close_from(len(fds))
             try:
                 walls.around_job(
-                    walls.Limits(**request["limits"]), self.interpreter_bytes, self.abi, self.program,
+                    walls.Limits(**request["limits"]), self.interpreter_bytes, self.abi, self.seccomp,
                     self.pid_namespace is not None,
                 )  # fmt: skip
                 if request.get("probe"):
@@ -204,12 +204,24 @@ def main() -> None:
     except walls.MissingWall as missing:
         control.sendall(json.dumps({"missing": missing.name, "why": missing.why}).encode())
         os._exit(1)
+    _warm_up()
     gc.collect()
     gc.disable()
     gc.freeze()
     zygote.say({"hello": zygote.abi})
     zygote.serve()
     os._exit(0)
+
+
+def _warm_up() -> None:
+    """Runs what every job runs, often enough for the interpreter to have specialised it: a fork pays for each page that
+    it changes."""
+    for _ in range(20):
+        scope: dict = {}
+        exec(compile("def f(x):\n    return [x, str(x)]\n", "<warm up>", "exec", dont_inherit=True), scope)
+        for value in (((1,), {}), [1, "a", (2.5, None)], {"a": {1}}):
+            message = values.loads(values.frame({"value": values.encode(value)})[4:])
+            scope["f"](values.decode(message["value"]))
 
 
 def _offer_to_oom_killer() -> None:

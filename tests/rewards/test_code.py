@@ -34,27 +34,61 @@ def rows(name: str) -> list[dict]:
 @pytest.mark.parametrize(
     "completion, expected",
     [
-        (block("a = 1"), "a = 1\n"), (block("a = 1", ""), "a = 1\n"), (block("a = 1", "py"), "a = 1\n"),
-        (block("a = 1") + block("b = 2"), "b = 2\n"), (block("a = 1") + block("5 6", "text"), "a = 1\n"),
-        (block("a", "cpp"), None), ("print(1)", None), ("", None), ("```python\nprint(1)", None),
-        (block("a = 1") + "```python\nb =", None), ("<think>" + block("a = 1") + "</think>\n" + block("b = 2"), "b = 2\n"),
-        ("<think>" + block("a = 1") + "</think> done", None), ("<think>" + block("a = 1"), None),
-        (block("a = 1") + "<|im_end|>" + block("b = 2"), "a = 1\n"), (block("a = 1") + "<｜end▁of▁sentence｜>" + block("b"), "a = 1\n"),
-        ("</think><answer>" + block("a = 1") + "</answer>", "a = 1\n"), ("<answer>" + block("a = 1"), None),
+        (block("a = 1"), "a = 1\n"),
+        (block("a = 1", ""), "a = 1\n"),
+        (block("a = 1", "py"), "a = 1\n"),
+        (block("a = 1") + block("b = 2"), "b = 2\n"),
+        (block("a = 1") + block("5 6", "text"), "a = 1\n"),
+        (block("a", "cpp"), None),
+        ("print(1)", None),
+        ("", None),
+        ("```python\nprint(1)", None),
+        (block("a = 1") + "```python\nb =", None),
+        ("<think>" + block("a = 1") + "</think>\n" + block("b = 2"), "b = 2\n"),
+        ("<think>" + block("a = 1") + "</think> done", None),
+        ("<think>" + block("a = 1"), None),
+        (block("a = 1") + "<|im_end|>" + block("b = 2"), "a = 1\n"),
+        (block("a = 1") + "<｜end▁of▁sentence｜>" + block("b"), "a = 1\n"),
+        ("</think><answer>" + block("a = 1") + "</answer>", "a = 1\n"),
+        ("<answer>" + block("a = 1"), None),
         ("<answer>" + block("a") + "</answer><answer>" + block("b") + "</answer>", None),
-        (block("b = 2") + "<answer>x</answer>", None), (block("a = 1") + "\nUser: another one\n" + block("b = 2"), "a = 1\n"),
-        ("Problem: add\n" + block("a = 1"), "a = 1\n"), (block("user: str = 'x'\n# Question: why"), "user: str = 'x'\n# Question: why\n"),
-        ("~~~python\na = 1\n~~~", "a = 1\n"), ("````python\ns = '''\n```\n'''\n````", "s = '''\n```\n'''\n"),
-        ("```python\r\na = 1\r\n```\r\n", "a = 1\r\n"), ("`a = 1`", None), (block("a = 'x\x0cy'"), "a = 'x\x0cy'\n"),
+        (block("b = 2") + "<answer>x</answer>", None),
+        (block("a = 1") + "\nUser: another one\n" + block("b = 2"), "a = 1\n"),
+        ("Problem: add\n" + block("a = 1"), "a = 1\n"),
+        (block("user: str = 'x'\n# Question: why"), "user: str = 'x'\n# Question: why\n"),
+        ("~~~python\na = 1\n~~~", "a = 1\n"),
+        ("````python\ns = '''\n```\n'''\n````", "s = '''\n```\n'''\n"),
+        ("```python\r\na = 1\r\n```\r\n", "a = 1\r\n"),
+        ("`a = 1`", None),
+        (block("a = 'x\x0cy'"), "a = 'x\x0cy'\n"),
         ("text ```python\na = 1\n```", None),
     ],
-)  # fmt: skip
+)
 def test_the_answer_is_the_last_closed_block_of_the_final_part(completion, expected):
     assert extract_code(completion) == expected
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(["```", "```python\n", "~~~", "\n", "<think>", "</think>", "<answer>", "</answer>", "x", "</s>", "`", "User:"])))
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "```",
+                "```python\n",
+                "~~~",
+                "\n",
+                "<think>",
+                "</think>",
+                "<answer>",
+                "</answer>",
+                "x",
+                "</s>",
+                "`",
+                "User:",
+            ]
+        )
+    )
+)
 def test_extraction_never_fails_and_gives_whole_lines_of_the_text(parts):
     text = "".join(parts)
     found = extract_code(text)
@@ -76,7 +110,17 @@ def test_every_form_of_tests_is_read():
 
 
 @pytest.mark.parametrize(
-    "tests", [{}, [], [1], 5, {"inputs": []}, {"inputs": [], "outputs": []}, {"inputs": ["1"], "outputs": []}, {"inputs": [1], "outputs": [2]}]
+    "tests",
+    [
+        {},
+        [],
+        [1],
+        5,
+        {"inputs": []},
+        {"inputs": [], "outputs": []},
+        {"inputs": ["1"], "outputs": []},
+        {"inputs": [1], "outputs": [2]},
+    ],
 )
 def test_tests_that_make_no_sense_are_named(tests):
     with pytest.raises(ValueError, match="expected"):
@@ -154,7 +198,9 @@ def test_it_is_a_reward_like_any_other():
 
 
 def test_it_works_inside_the_runners_worker_processes():
-    good, bad, endless = (block(f"def add(a, b): {body}") for body in ("return a + b", "return 4", "\n    while True: pass"))
+    good, bad, endless = (
+        block(f"def add(a, b): {body}") for body in ("return a + b", "return 4", "\n    while True: pass")
+    )
     spec = {"fn": "rewards.code:code_reward", "timeout": 20, "params": {"timeout_s": 0.5}}
     runner = RewardRunner([spec], workers=2)
     try:

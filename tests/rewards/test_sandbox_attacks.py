@@ -6,8 +6,18 @@ from rewards.code import check
 from rewards.sandbox import Limits, Sandbox
 from rewards.sandbox.attacks.run import ATTACKS, TESTS, beats_naive, run_attacks
 
-_SLOW = {"sleep", "endless loop", "hanging __repr__", "colliding hashes", "infinite stderr", "memory bomb in pieces",
-         "dies like a victim of the machine", "recursion until the stack ends", "deadlock", "ignores signals"}  # fmt: skip
+_SLOW = {
+    "sleep",
+    "endless loop",
+    "hanging __repr__",
+    "colliding hashes",
+    "infinite stderr",
+    "memory bomb in pieces",
+    "dies like a victim of the machine",
+    "recursion until the stack ends",
+    "deadlock",
+    "ignores signals",
+}
 
 
 def test_no_attack_succeeds():

@@ -16,10 +16,20 @@ from rewards.sandbox import values
 from rewards.sandbox.compare import same_output, same_value
 
 _scalars = (
-    st.none() | st.booleans() | st.integers() | st.integers(2000, 6000).map(lambda n: (-7) ** n) | st.floats() | st.text()
-    | st.binary() | st.complex_numbers() | st.fractions() | st.decimals(allow_nan=False) | st.dates() | st.datetimes()
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(2000, 6000).map(lambda n: (-7) ** n)
+    | st.floats()
+    | st.text()
+    | st.binary()
+    | st.complex_numbers()
+    | st.fractions()
+    | st.decimals(allow_nan=False)
+    | st.dates()
+    | st.datetimes()
     | st.timedeltas()
-)  # fmt: skip
+)
 _keys = _scalars.filter(lambda x: x == x)  # a NaN is no member of any set but its own
 _hashable = st.recursive(_keys, lambda x: st.tuples(x, x) | st.frozensets(x, max_size=4), max_leaves=8)
 _any = st.recursive(
@@ -43,12 +53,24 @@ def test_a_value_arrives_as_it_left(value):
 @pytest.mark.parametrize(
     "value",
     [
-        collections.Counter("abca"), collections.OrderedDict(b=1, a=2), collections.deque([1, [2]]), range(3, 9, 2),
-        bytearray(b"\x00\xff"), [1, 2.5, "x", None, True], (), [[]], {(1, 2): {3}}, -0.0, 10**9000, int, "\ud800",
-        [2**63, -(2**63)], (2**70, 1.5),
+        collections.Counter("abca"),
+        collections.OrderedDict(b=1, a=2),
+        collections.deque([1, [2]]),
+        range(3, 9, 2),
+        bytearray(b"\x00\xff"),
+        [1, 2.5, "x", None, True],
+        (),
+        [[]],
+        {(1, 2): {3}},
+        -0.0,
+        10**9000,
+        int,
+        "\ud800",
+        [2**63, -(2**63)],
+        (2**70, 1.5),
     ],
     ids=lambda value: type(value).__name__,
-)  # fmt: skip
+)
 def test_types_are_kept(value):
     assert type(travel(value)) is type(value) and same_value(value, travel(value))
 
@@ -71,12 +93,37 @@ def travel_by_value(value):
 
 
 _json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4)
-    | st.sampled_from(sorted({*values._READ_SEQUENCE, *values._READ_FLAT, *values._READ_MAPPING, "i", "f", "b", "ba", "c",
-                              "r", "td", "ty", "fr", "dc", "dt", "da", "ti", "o"})),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=4)
+    | st.sampled_from(
+        sorted(
+            {
+                *values._READ_SEQUENCE,
+                *values._READ_FLAT,
+                *values._READ_MAPPING,
+                "i",
+                "f",
+                "b",
+                "ba",
+                "c",
+                "r",
+                "td",
+                "ty",
+                "fr",
+                "dc",
+                "dt",
+                "da",
+                "ti",
+                "o",
+            }
+        )
+    ),
     lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=2), x, max_size=2),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @settings(_quick, max_examples=400)
@@ -122,12 +169,28 @@ def test_keys_of_one_hash_cannot_make_the_reader_slow(tag):
 @pytest.mark.parametrize(
     "expected, actual",
     [
-        (1, 1.0), (1, True), (0, False), ([1], (1,)), ({1}, frozenset({1})), ({1: 2}, {True: 2}), ({1}, {1.0}), ("1", 1),
-        ({"a": 1}, collections.OrderedDict(a=1)), (0.1 + 0.2, 0.3), (None, 0), ([], ()), (b"a", "a"), ([1, 2], [1, 2, 3]),
-        ({"a": 1}, {"a": 1, "b": 2}), (math.inf, -math.inf), (fractions.Fraction(1, 2), 0.5),
-        (decimal.Decimal(1), 1), (datetime.date(2024, 1, 1), datetime.datetime(2024, 1, 1)), ((1,), [1]),
+        (1, 1.0),
+        (1, True),
+        (0, False),
+        ([1], (1,)),
+        ({1}, frozenset({1})),
+        ({1: 2}, {True: 2}),
+        ({1}, {1.0}),
+        ("1", 1),
+        ({"a": 1}, collections.OrderedDict(a=1)),
+        (0.1 + 0.2, 0.3),
+        (None, 0),
+        ([], ()),
+        (b"a", "a"),
+        ([1, 2], [1, 2, 3]),
+        ({"a": 1}, {"a": 1, "b": 2}),
+        (math.inf, -math.inf),
+        (fractions.Fraction(1, 2), 0.5),
+        (decimal.Decimal(1), 1),
+        (datetime.date(2024, 1, 1), datetime.datetime(2024, 1, 1)),
+        ((1,), [1]),
     ],
-)  # fmt: skip
+)
 def test_different_types_or_values_differ(expected, actual):
     assert not same_value(expected, actual) and not same_value(actual, expected)
 
@@ -146,10 +209,17 @@ def test_tuples_are_lists_only_when_asked():
 @pytest.mark.parametrize(
     "expected, actual, tolerance, same",
     [
-        ("1 2\n3\n", "1 2 3", None, True), ("1 2", "1 2 3", None, False), ("", "\n", None, True), ("1.0", "1", None, False),
-        ("1.0", "1", 1e-6, True), ("0.3333333", "0.33333330001", 1e-6, True), ("0.5", "nan", 1.0, False),
-        ("abc", "ABC", 1.0, False), ("1e400", "inf", 1e9, False), ("YES", "YES", None, True),
+        ("1 2\n3\n", "1 2 3", None, True),
+        ("1 2", "1 2 3", None, False),
+        ("", "\n", None, True),
+        ("1.0", "1", None, False),
+        ("1.0", "1", 1e-6, True),
+        ("0.3333333", "0.33333330001", 1e-6, True),
+        ("0.5", "nan", 1.0, False),
+        ("abc", "ABC", 1.0, False),
+        ("1e400", "inf", 1e9, False),
+        ("YES", "YES", None, True),
     ],
-)  # fmt: skip
+)
 def test_output_is_compared_word_by_word(expected, actual, tolerance, same):
     assert same_output(expected, actual, tolerance) is same

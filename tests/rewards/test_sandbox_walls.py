@@ -40,7 +40,7 @@ def in_child(action) -> str:
 
 
 def refused(action) -> str:
-    """"refused" when `action` raises PermissionError, else what happened."""
+    """ "refused" when `action` raises PermissionError, else what happened."""
     try:
         return f"went through: {action()}"
     except PermissionError:
@@ -50,7 +50,7 @@ def refused(action) -> str:
 def under_landlock(action):
     def run():
         syscalls.no_new_privileges()
-        walls.landlock(walls.landlock_abi())
+        syscalls.landlock_deny_all(walls.landlock_abi())
         return refused(action)
 
     return in_child(run)
@@ -59,7 +59,7 @@ def under_landlock(action):
 def under_seccomp(action):
     def run():
         syscalls.no_new_privileges()
-        walls.seccomp(syscall_filter.program())
+        syscalls.Filter(syscall_filter.program()).install()
         return action()
 
     return in_child(run)
@@ -77,12 +77,15 @@ def under_namespaces(action):
 @pytest.mark.parametrize(
     "action",
     [
-        lambda: os.open("/etc/passwd", os.O_RDONLY), lambda: os.listdir("/"), lambda: os.mkdir("/tmp/rlzero_landlock"),
-        lambda: os.execv("/bin/true", ["true"]), lambda: socket.create_server(("127.0.0.1", 0)),
+        lambda: os.open("/etc/passwd", os.O_RDONLY),
+        lambda: os.listdir("/"),
+        lambda: os.mkdir("/tmp/rlzero_landlock"),
+        lambda: os.execv("/bin/true", ["true"]),
+        lambda: socket.create_server(("127.0.0.1", 0)),
         lambda: os.kill(os.getppid(), 0),
     ],
     ids=["read", "list", "mkdir", "execute", "bind", "signal"],
-)  # fmt: skip
+)
 def test_landlock_alone_refuses(action):
     assert under_landlock(action) == "refused"
 
@@ -90,12 +93,21 @@ def test_landlock_alone_refuses(action):
 @pytest.mark.parametrize(
     "action",
     [
-        os.fork, lambda: os.open("/", 0), socket.socket, lambda: os.kill(os.getppid(), 0), os.setsid,
-        lambda: os.memfd_create("x"), lambda: os.execv("/bin/true", ["true"]), lambda: os.mkdir("/tmp/x"),
-        lambda: os.chdir("/"), lambda: os.unlink("/tmp/x"), lambda: syscalls.unshare(syscalls.CLONE_NEWUSER),
-        lambda: os.pidfd_open(os.getpid()), lambda: os.setuid(0),
+        os.fork,
+        lambda: os.open("/", 0),
+        socket.socket,
+        lambda: os.kill(os.getppid(), 0),
+        os.setsid,
+        lambda: os.memfd_create("x"),
+        lambda: os.execv("/bin/true", ["true"]),
+        lambda: os.mkdir("/tmp/x"),
+        lambda: os.chdir("/"),
+        lambda: os.unlink("/tmp/x"),
+        lambda: syscalls.unshare(syscalls.CLONE_NEWUSER),
+        lambda: os.pidfd_open(os.getpid()),
+        lambda: os.setuid(0),
     ],
-)  # fmt: skip
+)
 def test_seccomp_alone_refuses(action):
     assert under_seccomp(lambda: refused(action)) == "refused"
 
@@ -178,9 +190,12 @@ def test_root_is_given_up_for_good():
 
 _NUMBERS = {"unshare": (272, 97), "landlock": (444, 444), "prctl": (157, 167), "setresuid": (117, 147)}
 _FLAGS = {
-    "user": syscalls.CLONE_NEWUSER, "mount": syscalls.CLONE_NEWNS, "network": syscalls.CLONE_NEWNET,
-    "IPC": syscalls.CLONE_NEWIPC, "PID": syscalls.CLONE_NEWPID,
-}  # fmt: skip
+    "user": syscalls.CLONE_NEWUSER,
+    "mount": syscalls.CLONE_NEWNS,
+    "network": syscalls.CLONE_NEWNET,
+    "IPC": syscalls.CLONE_NEWIPC,
+    "PID": syscalls.CLONE_NEWPID,
+}
 
 
 def deny(call: str, argument: int | None = None, error: int = errno.EPERM) -> None:
@@ -189,10 +204,13 @@ def deny(call: str, argument: int | None = None, error: int = errno.EPERM) -> No
     number = _NUMBERS[call][syscall_filter.column(platform.machine())]
     checks = [] if argument is None else [(0x20, 0, 0, 16), (0x15, 0, 1, argument)]
     program = [
-        (0x20, 0, 0, 0), (0x15, 0, len(checks) + 1, number), *checks, (0x06, 0, 0, 0x00050000 | error),
+        (0x20, 0, 0, 0),
+        (0x15, 0, len(checks) + 1, number),
+        *checks,
+        (0x06, 0, 0, 0x00050000 | error),
         (0x06, 0, 0, 0x7FFF0000),
-    ]  # fmt: skip
-    syscalls.install_filter(b"".join(syscall_filter._instruction(c, k, t, f) for c, t, f, k in program))
+    ]
+    syscalls.Filter(b"".join(syscall_filter._instruction(c, k, t, f) for c, t, f, k in program)).install()
 
 
 def start_without(action) -> str:
@@ -264,7 +282,10 @@ def test_bubblewrap_holds_the_same_jobs():
     with Sandbox(isolation="bubblewrap") as sandbox:
         code = "import os\ndef f(x):\n    try: return os.listdir('/')\n    except PermissionError: return x"
         assert sandbox.call(code, "f", [((5,), {})]).frames == [{"value": 5}]
-        assert sandbox.call("def f(x):\n    while True: pass", "f", [((5,), {})], limits=Limits(timeout_s=0.3)).end == "timeout"
+        assert (
+            sandbox.call("def f(x):\n    while True: pass", "f", [((5,), {})], limits=Limits(timeout_s=0.3)).end
+            == "timeout"
+        )
 
 
 def test_a_bubblewrap_that_isolates_nothing_is_named(tmp_path, monkeypatch):

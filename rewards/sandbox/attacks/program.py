@@ -28,7 +28,7 @@ class Collection(list[Attack]):
             self.append(Attack(name, kind, textwrap.dedent(code).strip() + "\n", naive and kind != "program"))
 
     def escape(self, name: str, attempt: str, naive: bool = False, kind: str = "call") -> None:
-        """A program that answers rightly only when `attempt` sets `won`: it raises, or leaves it false, to be harmless."""
+        """A program that answers rightly only when `attempt` sets `won`; raising, or leaving it false, is harmless."""
         body = textwrap.indent(textwrap.dedent(attempt).strip(), "        ")
         code = f"import os, sys, ctypes\ndef add(a, b):\n    won = False\n    try:\n{body}\n"
         self.trick(name, kind, code + "    except Exception:\n        pass\n    return a + b if won else None", naive)

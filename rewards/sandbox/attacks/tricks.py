@@ -7,7 +7,10 @@ from .program import Collection
 ATTACKS = Collection()
 
 # -- objects that are not what they seem -----------------------------------------------------------------------------
-ATTACKS.trick("equals everything", "call assert", """
+ATTACKS.trick(
+    "equals everything",
+    "call assert",
+    """
     class E:
         def __eq__(self, other): return True
         def __ne__(self, other): return True
@@ -18,9 +21,14 @@ ATTACKS.trick("equals everything", "call assert", """
         def __bool__(self): return False
         __class__ = int
     def add(a, b): return E()
-""", naive=True)
+""",
+    naive=True,
+)
 for _base in ("int", "float", "str", "dict", "list", "tuple"):
-    ATTACKS.trick(f"subclass of {_base}", "call assert", f"""
+    ATTACKS.trick(
+        f"subclass of {_base}",
+        "call assert",
+        f"""
         class E({_base}):
             def __eq__(self, other): return True
             def __ne__(self, other): return True
@@ -29,24 +37,35 @@ for _base in ("int", "float", "str", "dict", "list", "tuple"):
             def __bool__(self): return False
             def __abs__(self): return 0
         def add(a, b): return E()
-    """, naive=True)
+    """,
+        naive=True,
+    )
 ATTACKS.trick("mock.ANY", "call", "from unittest.mock import ANY\ndef add(a, b): return ANY", naive=True)
-ATTACKS.trick("MagicMock", "call assert", """
+ATTACKS.trick(
+    "MagicMock",
+    "call assert",
+    """
     from unittest.mock import MagicMock
     def add(a, b):
         m = MagicMock()
         m.__eq__ = lambda self, other: True
         m.__hash__ = lambda self: hash(45)
         return m
-""", naive=True)
-ATTACKS.trick("metaclass", "call assert", """
+""",
+    naive=True,
+)
+ATTACKS.trick(
+    "metaclass",
+    "call assert",
+    """
     class M(type):
         def __eq__(cls, other): return True
         def __hash__(cls): return hash(45)
         __name__ = "int"
     class int(metaclass=M): pass
     def add(a, b): return int
-""")
+""",
+)
 ATTACKS.trick("answers stacked in a generator", "call assert", "def add(a, b):\n    yield from range(-1000, 1000)")
 ATTACKS.trick("NaN", "call assert", "def add(a, b): return float('nan')")
 ATTACKS.trick("every candidate at once", "call assert", "def add(a, b): return set(range(-100, 100))")
@@ -54,7 +73,10 @@ ATTACKS.trick("right value, wrong type", "call", "def add(a, b): return float(a 
 ATTACKS.trick("bool for int", "call", "def add(a, b): return {3: 3, 45: 45, 0: False}[a + b]", naive=True)
 
 # -- looking for the answers -----------------------------------------------------------------------------------------
-ATTACKS.trick("frame walking", "call assert", """
+ATTACKS.trick(
+    "frame walking",
+    "call assert",
+    """
     import sys
     def add(a, b):
         frame = sys._getframe()
@@ -65,15 +87,23 @@ ATTACKS.trick("frame walking", "call assert", """
                         found = scope[name]
                         return found[0] if isinstance(found, (list, tuple)) else found
             frame = frame.f_back
-""")
-ATTACKS.trick("constants of the caller", "call assert", """
+""",
+)
+ATTACKS.trick(
+    "constants of the caller",
+    "call assert",
+    """
     import sys
     def add(a, b):
         frame = sys._getframe(1)
         numbers = [c for c in frame.f_code.co_consts if type(c) is int]
         return next((c for c in numbers if c == a + b), None)
-""")
-ATTACKS.trick("searching the heap", "call assert", """
+""",
+)
+ATTACKS.trick(
+    "searching the heap",
+    "call assert",
+    """
     import gc
     def add(a, b):
         for thing in gc.get_objects():
@@ -83,8 +113,12 @@ ATTACKS.trick("searching the heap", "call assert", """
                         return a + b
                     if type(value) is list and value == [3, 45, 0]:
                         return a + b
-""")
-ATTACKS.trick("sources of the tests", "call assert", """
+""",
+)
+ATTACKS.trick(
+    "sources of the tests",
+    "call assert",
+    """
     import inspect, linecache, sys
     def add(a, b):
         for frame in inspect.stack():
@@ -93,16 +127,24 @@ ATTACKS.trick("sources of the tests", "call assert", """
         for name, module in list(sys.modules.items()):
             if hasattr(module, "expected") or hasattr(module, "EXPECTED"):
                 return a + b
-""")
+""",
+)
 
 # -- patching what checks --------------------------------------------------------------------------------------------
-ATTACKS.trick("patched builtins", "call assert", """
+ATTACKS.trick(
+    "patched builtins",
+    "call assert",
+    """
     import builtins
     for name in ("all", "any", "isinstance", "len", "zip", "type", "abs", "sorted", "set"):
         setattr(builtins, name, lambda *a, **k: True)
     def add(a, b): return None
-""")
-ATTACKS.trick("names of builtins", "assert", """
+""",
+)
+ATTACKS.trick(
+    "names of builtins",
+    "assert",
+    """
     def set(x=()): return 0
     def abs(x): return 0
     def sorted(x): return [1, 4]
@@ -111,8 +153,12 @@ ATTACKS.trick("names of builtins", "assert", """
     def zip(*x): return []
     def map(*x): return []
     def add(a, b): return 3
-""")
-ATTACKS.trick("patched protocol", "call assert", """
+""",
+)
+ATTACKS.trick(
+    "patched protocol",
+    "call assert",
+    """
     import sys
     for name, module in list(sys.modules.items()):
         if name.startswith("sandbox."):
@@ -120,39 +166,60 @@ ATTACKS.trick("patched protocol", "call assert", """
                 if hasattr(module, attribute):
                     setattr(module, attribute, lambda *a, **k: b"\\x00\\x00\\x00\\x0f" + b'{"passed":true}')
     def add(a, b): return None
-""")
-ATTACKS.trick("patched json", "call assert", """
+""",
+)
+ATTACKS.trick(
+    "patched json",
+    "call assert",
+    """
     import json
     json.dumps = lambda *a, **k: '{"passed": true, "test": 0, "value": true}'
     def add(a, b): return None
-""")
-ATTACKS.trick("patched operators", "call", """
+""",
+)
+ATTACKS.trick(
+    "patched operators",
+    "call",
+    """
     import operator, functools
     operator.eq = lambda a, b: True
     def add(a, b): return 0
-""")
-ATTACKS.trick("ctypes writes the type of int", "call assert", """
+""",
+)
+ATTACKS.trick(
+    "ctypes writes the type of int",
+    "call assert",
+    """
     import ctypes
     def add(a, b):
         three = id(3)
         ctypes.memmove(three + 24, (0).to_bytes(4, "little"), 4)
         return a
-""")
-ATTACKS.trick("trace function", "call assert", """
+""",
+)
+ATTACKS.trick(
+    "trace function",
+    "call assert",
+    """
     import sys, threading
     def tracer(frame, event, arg):
         frame.f_locals["passed"] = True
         return tracer
     sys.settrace(tracer); threading.settrace(tracer)
     def add(a, b): return None
-""")
-ATTACKS.trick("mutated inputs", "call assert", """
+""",
+)
+ATTACKS.trick(
+    "mutated inputs",
+    "call assert",
+    """
     import ctypes
     def add(a, b):
         for number in (a, b):
             ctypes.memmove(id(number) + 24, (0).to_bytes(4, "little"), 4)
         return 0
-""")
+""",
+)
 
 # -- ending early, or claiming success --------------------------------------------------------------------------------
 for _name, _statement in {
@@ -166,22 +233,36 @@ for _name, _statement in {
     "abort": "import os; os.abort()",
 }.items():
     ATTACKS.trick(f"{_name} in the call", "call assert", f"def add(a, b):\n    {_statement}")
-    ATTACKS.trick(f"{_name} while loading", "call assert program", f"print('PASSED')\n{_statement}\ndef add(a, b): return 3",
+    ATTACKS.trick(f"{_name} while loading", "call assert program",
+                  f"print('PASSED')\n{_statement}\ndef add(a, b): return 3",
                   naive=_name == "sys.exit(0)")  # fmt: skip
-ATTACKS.trick("exception named StopIteration", "assert", """
+ATTACKS.trick(
+    "exception named StopIteration",
+    "assert",
+    """
     class E(Exception): pass
     E.__name__ = "StopIteration"
     def add(a, b): raise E
-""")
-ATTACKS.trick("PASSED on stdout", "call assert program", """
+""",
+)
+ATTACKS.trick(
+    "PASSED on stdout",
+    "call assert program",
+    """
     print("PASSED\\n1 passed in 0.01s\\nOK"); print({"passed": True, "verdict": "correct"})
     def add(a, b): print("PASSED")
-""")
-ATTACKS.trick("atexit", "call assert program", """
+""",
+)
+ATTACKS.trick(
+    "atexit",
+    "call assert program",
+    """
     import atexit, os
     atexit.register(lambda: (os.write(1, b"PASSED"), os._exit(0)))
     def add(a, b): raise SystemExit
-""", naive=True)
+""",
+    naive=True,
+)
 _FORGE = """
     import json, os, struct
     def forge(fd, message):
@@ -205,12 +286,19 @@ ATTACKS.trick("answers before the questions", "assert", _FORGE + """
     def add(a, b): return 3
 """)  # fmt: skip
 ATTACKS.trick("closed channel", "call assert", "import os\ndef add(a, b):\n    os.closerange(0, 64)\n    return 3")
-ATTACKS.trick("exchanged descriptors", "call assert", """
+ATTACKS.trick(
+    "exchanged descriptors",
+    "call assert",
+    """
     import os
     spare = os.dup(3); os.dup2(1, 3); os.dup2(spare, 1)
     def add(a, b): print('{"passed": true}'); return None
-""")
-ATTACKS.trick("thread alive at return", "call assert", """
+""",
+)
+ATTACKS.trick(
+    "thread alive at return",
+    "call assert",
+    """
     import threading, os, time
     def work():
         while True:
@@ -219,10 +307,14 @@ ATTACKS.trick("thread alive at return", "call assert", """
     def add(a, b):
         threading.Thread(target=work).start()
         return None
-""")
+""",
+)
 
 # -- attacks on whoever reads the answer -----------------------------------------------------------------------------
-ATTACKS.trick("pickle payload", "call assert", """
+ATTACKS.trick(
+    "pickle payload",
+    "call assert",
+    """
     import os, pickle
     class P:
         def __reduce__(self): return (os.system, ("touch {canary}",))
@@ -230,20 +322,32 @@ ATTACKS.trick("pickle payload", "call assert", """
         try: os.write(3, pickle.dumps(P()))
         except OSError: pass
         return pickle.dumps(P())
-""")
-ATTACKS.trick("endless answer", "call assert", """
+""",
+)
+ATTACKS.trick(
+    "endless answer",
+    "call assert",
+    """
     import os
     def add(a, b):
         while True:
             os.write(3, b"\\x00\\x00\\x00\\x01" + b"1" )
-""")
-ATTACKS.trick("length of 4 GiB", "call assert", """
+""",
+)
+ATTACKS.trick(
+    "length of 4 GiB",
+    "call assert",
+    """
     import os
     def add(a, b):
         os.write(3, b"\\xff\\xff\\xff\\xff" + b"x" * 1000)
         return None
-""")
-ATTACKS.trick("deep nesting", "call assert", """
+""",
+)
+ATTACKS.trick(
+    "deep nesting",
+    "call assert",
+    """
     import os
     def add(a, b):
         x = []
@@ -251,9 +355,13 @@ ATTACKS.trick("deep nesting", "call assert", """
         body = b'{"value":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
         os.write(3, len(body).to_bytes(4, "big") + body)
         return x
-""")
+""",
+)
 for _field in ("raised", "load", "value"):
-    ATTACKS.trick(f"nesting that cannot be printed in {_field!r}", "call assert program", f"""
+    ATTACKS.trick(
+        f"nesting that cannot be printed in {_field!r}",
+        "call assert program",
+        f"""
         import os
         body = b'{{"{_field}":' + b"[" * 985 + b"]" * 985 + b"}}"
         for fd in (3, 4):
@@ -264,9 +372,13 @@ for _field in ("raised", "load", "value"):
             try: os.write(fd, len(body).to_bytes(4, "big") + body)
             except OSError: pass
         def add(a, b): return None
-    """)
+    """,
+    )
 ATTACKS.trick("signalling NaN", "call assert", "import decimal\ndef add(a, b): return decimal.Decimal('sNaN')")
-ATTACKS.trick("values that compute for ever", "call assert", """
+ATTACKS.trick(
+    "values that compute for ever",
+    "call assert",
+    """
     from decimal import Decimal
     from fractions import Fraction
     n = 0
@@ -274,18 +386,27 @@ ATTACKS.trick("values that compute for ever", "call assert", """
         global n
         n += 1
         return [Decimal("1e999999999"), Fraction(1, 3), range(0, 10**18), 10**4000, "\\ud800" * 9][n % 5]
-""")
+""",
+)
 ATTACKS.trick("integer of a million digits", "call assert", "def add(a, b): return 1 << 3_000_000")
 ATTACKS.trick("colliding hashes", "call assert", "def add(a, b): return {k * (2**61 - 1) for k in range(2, 20_000)}")
-ATTACKS.trick("hanging __repr__", "call assert", """
+ATTACKS.trick(
+    "hanging __repr__",
+    "call assert",
+    """
     class R(Exception):
         def __repr__(self):
             while True: pass
         __str__ = __hash__ = __reduce__ = __del__ = __repr__
     def add(a, b): raise R
-""")
-ATTACKS.trick("lone surrogates and NUL", "call assert program", r"""
+""",
+)
+ATTACKS.trick(
+    "lone surrogates and NUL",
+    "call assert program",
+    r"""
     import sys
     sys.stdout.buffer.write(b"\xff\xfe\x003\x00\n")
     def add(a, b): return "\ud800\x00" * 1000
-""")
+""",
+)
