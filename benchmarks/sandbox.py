@@ -141,51 +141,91 @@ def _family() -> list[int]:
     return found
 
 
+_SAMPLES = [1, -(2**70), 2.5, "x", None, True, [1, 2], [[1], "a"], (1, (2,)), {1: "a"}, {1, 2}, b"ab", 3j, range(3)]
+_WORDS = [
+    "```",
+    "```python\n",
+    "\n",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "x = 1",
+    "~~~",
+    "User:",
+    "</s>",
+    "`",
+]
+_TAGS = sorted(values._READ_SEQUENCE | values._READ_FLAT | values._READ_MAPPING) + (
+    "i f b ba c r td ty fr dc dt da ti o".split()
+)
+_TEXTS = [
+    "nan",
+    "inf",
+    "-inf",
+    "1/3",
+    "1/0",
+    "1e9",
+    "0x1f",
+    "-0xff",
+    "int",
+    "sNaN",
+    "2024-01-01",
+    "12:00",
+    "ff",
+    "",
+    "\ud800",
+]
+
+
 def fuzz(seconds: float, seed: int = 0) -> dict[str, int]:
-    """Mutated frames and values, and random completions, at the functions that read them. Any exception but the one
-    each of them documents ends the program with its traceback."""
-    chance, counts = random.Random(seed), {"streams": 0, "values_read": 0, "values_refused": 0, "completions": 0}
-    samples = [1, -(2**70), 2.5, "x", None, True, [1, 2], [[1], "a"], (1, (2,)), {1: "a"}, {1, 2}, b"ab", 3j, range(3)]
-    words = [
-        "```",
-        "```python\n",
-        "\n",
-        "<think>",
-        "</think>",
-        "<answer>",
-        "</answer>",
-        "def f(): pass",
-        "~~~",
-        "User:",
-        "</s>",
-    ]
+    """Broken frames, mutated and invented values, and random completions, at the functions that read them.
+
+    Any exception but the one each of them documents ends the program with its traceback, and so does a wrong "correct".
+    """
+    chance = random.Random(seed)
+    counts = {"streams": 0, "values_read": 0, "values_refused": 0, "judged_correct": 0, "completions": 0}
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        stream = bytearray(values.frame({"ready": True}))
-        for _ in range(chance.randrange(4)):
-            message = {chance.choice(["value", "raised", "load", "missing"]): values.encode(chance.choice(samples))}
-            piece = bytearray(values.frame(message))
-            for _ in range(chance.choice([0, 0, 1, 1, 2, 8])):
-                position = chance.randrange(len(piece))
-                piece[position : position + chance.randrange(3)] = chance.choice(
-                    [b'"', b"[", b"]", b"{", b",", b"1", b"-", b"e", b"\\u", b"\x00", b"\xff", b'"i"', b'"dc"', b'"fr"',
-                     b'"s"', b'"d"', b'"dt"', b'"td"', b'"r"', b'"c"', bytes([chance.randrange(256)])]
-                )  # fmt: skip
-            if chance.random() < 0.5:  # keep the length right, so that the content is read
-                piece[:4] = (len(piece) - 4).to_bytes(4, "big") if len(piece) >= 4 else b"\x00"
-            stream += piece
+        stream = values.frame({"ready": True}) + b"".join(_message(chance) for _ in range(chance.randrange(4)))
         counts["streams"] += 1
-        for frame in _read(bytes(stream)):
-            outcome = _judge_answer(frame, object(), 1e-6, True)
+        for frame in _read(stream):
+            expected = chance.choice(_SAMPLES)
+            outcome = _judge_answer(frame, expected, chance.choice([None, 1e-6]), False)
             counts["values_refused" if outcome.why.startswith("unreadable") else "values_read"] += 1
-            if outcome.verdict != "wrong":
-                raise SystemExit(f"{frame} was judged {outcome}")
-        text = "".join(chance.choice(words) for _ in range(chance.randrange(12)))
+            if outcome.verdict == "correct":
+                counts["judged_correct"] += 1
+                if repr(values.decode(frame["value"])) != repr(expected):
+                    raise SystemExit(f"{frame} was taken for {expected!r}")
+        text = "".join(chance.choice(_WORDS) for _ in range(chance.randrange(12)))
         found = extract_code(text)
         if found is not None and found.rstrip("\n") not in text:
             raise SystemExit(f"extract_code made {found!r} of {text!r}")
         counts["completions"] += 1
     return counts
+
+
+def _message(chance: random.Random) -> bytes:
+    """One frame: a true value, an invented one, or either with bytes changed and (often) a length that fits again."""
+    value = values.encode(chance.choice(_SAMPLES)) if chance.random() < 0.4 else _invented(chance, 4)
+    piece = bytearray(values.frame({chance.choice(["value", "value", "raised", "load", "missing"]): value}))
+    for _ in range(chance.choice([0, 0, 0, 1, 2, 8])):
+        position = chance.randrange(len(piece))
+        piece[position : position + chance.randrange(3)] = chance.choice(
+            [b'"', b"[", b"]", b"{", b",", b"1", b"-", b"e", b"\\u", b"\x00", b"\xff", bytes([chance.randrange(256)])]
+        )
+    if chance.random() < 0.8 and len(piece) >= 4:
+        piece[:4] = (len(piece) - 4).to_bytes(4, "big")
+    return bytes(piece)
+
+
+def _invented(chance: random.Random, depth: int) -> object:
+    kind = chance.random()
+    if kind < 0.5 and depth:
+        return [chance.choice(_TAGS), *[_invented(chance, depth - 1) for _ in range(chance.randrange(4))]]
+    if kind < 0.6 and depth:
+        return [_invented(chance, depth - 1) for _ in range(chance.randrange(3))]
+    return chance.choice([*_TEXTS, *_TAGS, 0, 1, -1, 2**64, 1e300, 0.5, True, None, {}])
 
 
 def _read(stream: bytes) -> list[dict]:
