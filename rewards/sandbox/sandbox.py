@@ -19,6 +19,7 @@ from typing import Literal
 
 from . import values
 from .exchange import START_S, Control, End, Job, SandboxError, exchange, killed_by_kernel
+from .names import lookups
 from .walls import Limits, MissingWall, namespace_ids
 
 Isolation = Literal["namespaces", "bubblewrap"]
@@ -148,14 +149,17 @@ class Sandbox:
 
         `setup` is the task's own code (helpers, imports), run on both sides; `prepare` is test code to run before the
         tests; `entries` the names that belong to the candidate, by default those that only it can define.
-        Frames: {"test": index, "passed": bool, "why": str} or {"test": index, "broken": str}.
+        Frames: {"test": index, "passed": bool, "why": str} or {"test": index, "broken": str}. Raises `ValueError` for
+        tests that are not Python.
         """
         limits = limits or self.limits
+        looks = lookups((*tests, prepare))
         with self._locked():
             ours, theirs = socket.socketpair()
             with ours, theirs:
                 serve = {"mode": "serve", "code": code, "setup": setup}
                 test = {
+                    "lookups": looks,
                     "tests": tests[first:], "first": first, "entries": list(entries), "setup": setup,
                     "prepare": prepare, "max_bytes": limits.output_bytes,
                 }  # fmt: skip

@@ -7,13 +7,11 @@ candidate and is represented by a handle, which is never equal to a value.
 
 from __future__ import annotations
 
-import ast
 import builtins
 import mmap
 import os
 import random
 import sys
-import types
 
 from . import values
 from .job import CANDIDATE_ENDED, PARENT, PEER, describe
@@ -168,42 +166,6 @@ def _exactly(kind: type, value: object) -> object:
     return value
 
 
-def candidate_names(tests: list[str], known: set[str]) -> list[str]:
-    """The names in `tests` that only the candidate can define: loaded, neither `known` nor bound there nor built in.
-    Where there is none (the task's function is called `sum`), what the assertions call on their left side."""
-    loaded, bound, outermost, modules = {}, set(), [], set()
-    for tree in map(ast.parse, tests):
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name):
-                if isinstance(node.ctx, ast.Load):
-                    loaded[node.id] = True
-                else:
-                    bound.add(node.id)
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                bound.add(node.name)
-            elif isinstance(node, ast.arg):
-                bound.add(node.arg)
-            elif isinstance(node, ast.alias):
-                bound.add((node.asname or node.name).split(".")[0])
-            elif isinstance(node, ast.ExceptHandler) and node.name:
-                bound.add(node.name)
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                modules.add(node.value.id)
-            elif isinstance(node, ast.Assert):
-                left = node.test.left if isinstance(node.test, ast.Compare) else node.test
-                if isinstance(left, ast.Call) and isinstance(left.func, ast.Name):
-                    outermost.append(left.func.id)
-    stdlib = {name for name in modules if name in sys.stdlib_module_names}
-    found = [n for n in loaded if n not in bound | known | stdlib and not hasattr(builtins, n)]
-    return found or list(dict.fromkeys(name for name in outermost if name not in bound))
-
-
-def _names(programs: list[types.CodeType]) -> set[str]:
-    """Every name that compiled code or the functions in it look up."""
-    inner = [constant for one in programs for constant in one.co_consts if isinstance(constant, types.CodeType)]
-    return {name for one in programs for name in one.co_names} | (_names(inner) if inner else set())
-
-
 def run(task: dict) -> int:
     """Runs `task["tests"]` in order; one verdict frame each to the parent."""
     link = _Link(task["max_bytes"])
@@ -212,13 +174,15 @@ def run(task: dict) -> int:
     try:
         if task.get("setup"):
             exec(compile(task["setup"], "<setup>", "exec", dont_inherit=True), namespace)
-        names = task["entries"] or candidate_names([task["prepare"], *task["tests"]], set(namespace))
-        for name in names:
+        looks = task["lookups"]
+        free = [name for name in looks["free"] if name not in namespace]
+        # a task may call its function `sum`: then no name is free, and the assertions say what they call
+        for name in task["entries"] or free or looks["outermost"]:
             namespace[name] = RemoteName(link, name)
-        programs = [compile(test, "<test>", "exec", dont_inherit=True) for test in task["tests"]]
-        for name in _names(programs):  # a test may lean on an import that its reference solution makes
-            if name in sys.stdlib_module_names and name in sys.modules:
+        for name in looks["modules"]:  # a test may lean on an import that its reference solution makes
+            if name in sys.modules:
                 namespace.setdefault(name, sys.modules[name])
+        programs = [compile(test, "<test>", "exec", dont_inherit=True) for test in task["tests"]]
     except (SyntaxError, ImportError, NameError, ValueError) as error:
         values.write_frame(PARENT, {"test": task["first"], "broken": f"{type(error).__name__}: {error}"})
         return 0
