@@ -150,6 +150,7 @@ class Control:
 
     def write(self, message: dict, fds: list[int] | None = None) -> None:
         """Sends a request, with descriptors where it needs some."""
+        self.line.settimeout(_KILL_S)
         try:
             socket.send_fds(self.line, [values.dumps(message)], fds or [])
         except OSError as error:
