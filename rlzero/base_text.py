@@ -73,19 +73,26 @@ def line(way: tuple[Move, ...]) -> str:
 
 
 def countdown_note(rng: random.Random, task: Task, patience: float) -> tuple[str, str]:
-    """(thought, answer). Some tries fail before one succeeds; after each that fails the writer goes on with
-    probability `patience` and otherwise answers with a guess."""
+    """(thought, answer). Tries come in a fixed order, so that none comes twice: over three numbers all of them, over
+    four some are skipped. After each that fails the writer goes on with probability `patience` and otherwise answers
+    with a guess."""
     ways = attempts(task.numbers)
-    good = [w for w in ways if solves_in_one(w[-1].rest, task.target)]
-    bad = [w for w in ways if not solves_in_one(w[-1].rest, task.target)]
+    good = [i for i, way in enumerate(ways) if solves_in_one(way[-1].rest, task.target)]
+    if len(task.numbers) == 3:
+        end = good[0] if good else len(ways)
+        failing = list(range(end))
+    else:
+        end = rng.choice(good) if good else len(ways)
+        before = [i for i in range(end) if i not in good]
+        failing = sorted(rng.sample(before, min(len(before), rng.randint(0, 6))))
     thought = []
-    for way in rng.sample(bad, min(len(bad), rng.randint(0, 7) if good else 7)):
-        thought.append(f"{line(way)} no")
+    for index in failing:
+        thought.append(f"{line(ways[index])} no")
         if rng.random() > patience:
             good = []
             break
     if good:
-        way = rng.choice(good)
+        way = ways[end]
         last = solves_in_one(way[-1].rest, task.target)
         thought.append(f"{line(way)} yes {last.left}{last.op}{last.right}={task.target}")
     else:

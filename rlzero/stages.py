@@ -75,7 +75,7 @@ def _make_step(job: tuple[BaseConfig, int]) -> list[np.ndarray]:
 
 def steps_ahead(config: BaseConfig, steps: range) -> Iterator[list[np.ndarray]]:
     """The documents of each step in order, made in other processes while the trainer works."""
-    processes = max(1, (os.cpu_count() or 2) - 1)
+    processes = max(1, (os.cpu_count() or 2) - 3)  # the trainer's own thread must not wait for a core
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         waiting = []
         for step in steps:

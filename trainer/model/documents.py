@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Int
@@ -23,6 +24,22 @@ class Group:
 class Documents:
     groups: tuple[Group, ...]
     last: Int[Tensor, " n"]  # the last token of every token's document
+
+    @cached_property
+    def source(self) -> Int[Tensor, " places"]:
+        """The packed token in every place of all groups, one group after the other."""
+        return torch.cat([group.source.flatten() for group in self.groups])
+
+    @cached_property
+    def place(self) -> Int[Tensor, " n"]:
+        """Where every packed token stands among the places of `source`."""
+        place, start = torch.empty_like(self.last), 0
+        for group in self.groups:
+            count = group.source.numel()
+            inside = torch.arange(count, device=place.device) if group.real is None else group.real
+            place[group.tokens] = start + inside
+            start += count
+        return place
 
 
 def group_documents(bounds: Int[Tensor, " documents+1"], padding: float = 0.1, small: int = 1024) -> Documents:

@@ -36,13 +36,44 @@ def packed_attention(
     q = torch.cat((q[..., :nope], apply_rope(q[..., nope:], turn, interleave)), dim=-1)
     k_pe = apply_rope(k_pe[:, None], turn, interleave).expand(-1, q.shape[1], rope)
     k, v = torch.cat((kv[..., :nope], k_pe), dim=-1), kv[..., nope:]
-    out = q.new_empty(len(q), q.shape[1], v.shape[-1])
+    q, k, v = (_Spread.apply(t, documents.source, documents.place) for t in (q, k, v))
+    attended, start = [], 0
     for group in documents.groups:
-        rows = group.source.flatten()
-        grouped = (t[rows].unflatten(0, group.source.shape).transpose(1, 2) for t in (q, k, v))
-        attended = _sdpa(*grouped, scale).transpose(1, 2).flatten(0, 1)
-        out = out.index_copy(0, group.tokens, _only_real(attended, group))
-    return out
+        places = slice(start, start + group.source.numel())
+        grouped = (t[places].unflatten(0, group.source.shape).transpose(1, 2) for t in (q, k, v))
+        attended.append(_sdpa(*grouped, scale).transpose(1, 2).flatten(0, 1))
+        start = places.stop
+    return _Collect.apply(torch.cat(attended), documents.place)
+
+
+class _Spread(torch.autograd.Function):
+    """Packed tokens to the places of all groups. Padding stands after its document, so that nothing which `_Collect`
+    keeps depends on it: its gradient is zero, and the way back is a gather too."""
+
+    @staticmethod
+    def forward(ctx, x, source, place):
+        ctx.save_for_backward(place)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (place,) = ctx.saved_tensors
+        return grad.index_select(0, place), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The places of all groups back to packed tokens; padding is dropped."""
+
+    @staticmethod
+    def forward(ctx, x, place):
+        ctx.save_for_backward(place)
+        ctx.places = len(x)
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (place,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.places, *grad.shape[1:]).index_copy_(0, place, grad), None
 
 
 def _sdpa(q, k, v, scale: float) -> Float[Tensor, "documents heads longest v"]:

@@ -101,7 +101,7 @@ class V3Model(nn.Module):
         """Document d is tokens[bounds[d]:bounds[d + 1]] and sees itself only. `routed_experts` replays the routing of
         the tokens whose row is not -1. `balance` asks for the sequence-wise balance loss."""
         self._check(tokens, positions, bounds, routed_experts)
-        documents = group_documents(bounds)
+        documents = group_documents(bounds, padding=0.1 if tokens.device.type == "cpu" else 0.4)
         turn = turns(self.config, positions)
         x = F.embedding(tokens, self.embed)
         routings: list[Routing] = []
@@ -123,7 +123,7 @@ class V3Model(nn.Module):
         """One output per depth. `logits(outputs[d - 1].hidden)` at token i predict token i + d + 1 of its document,
         and mean nothing on a document's last d + 1 tokens. `hidden` is the main model's, after the final norm: what
         vLLM, SGLang and transformers feed the draft (section 2.2, eq. 21-23)."""
-        documents = group_documents(bounds)
+        documents = group_documents(bounds, padding=0.1 if tokens.device.type == "cpu" else 0.4)
         turn = turns(self.config, positions)
         outputs = []
         for depth, layer in enumerate(self.mtp_layers, start=1):
