@@ -102,7 +102,8 @@ def main() -> None:
         difference = gap(engine, folder, requests[:: max(1, len(requests) // 8)])
     shape = f"{options.prompts} x {options.samples} x {options.tokens} tokens, {options.threads} threads"
     found = []
-    for which, unit in enumerate(("tokens/s", "tokens/s of processor time")):  # the second is steadier on a busy machine
+    # Processor time is the steadier one on a busy machine.
+    for which, unit in enumerate(("tokens/s", "tokens/s of processor time")):
         mine, other = min(t[which] for t in ours), min(t[which] for t in theirs)
         found.append(
             {

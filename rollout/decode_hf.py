@@ -1,4 +1,4 @@
-"""Decoding of any causal LM that transformers loads and that keeps plain key-value caches (Llama, Qwen, Mistral, ...)."""
+"""Decoding of causal LMs that transformers loads and that keep plain key-value caches (Llama, Qwen, Mistral, ...)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class TransformersDecoder:
     def __init__(self, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"):
         self.config = AutoConfig.from_pretrained(path)
         kinds = set(getattr(self.config, "layer_types", None) or _ATTENTIONS) - set(_ATTENTIONS)
-        window = getattr(self.config, "sliding_window", None) if getattr(self.config, "use_sliding_window", True) else None
+        windowed = getattr(self.config, "use_sliding_window", True)
+        window = getattr(self.config, "sliding_window", None) if windowed else None
         if kinds or window:
             raise ValueError(
                 f"{path}: the torch engine decodes models with full attention in every layer; this one has "

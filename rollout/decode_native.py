@@ -103,7 +103,8 @@ class NativeDecoder:
 
     def _layer(self, raw: dict[str, Tensor], i: int) -> library.Layer:
         c, panel = self.config, 2 * self._lanes
-        w = {n.removeprefix(f"model.layers.{i}."): t.double() for n, t in raw.items() if n.startswith(f"model.layers.{i}.")}
+        prefix = f"model.layers.{i}."
+        w = {name.removeprefix(prefix): t.double() for name, t in raw.items() if name.startswith(prefix)}
         nope, rope, v, heads = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.num_attention_heads
         norm1, norm2 = w["input_layernorm.weight"], w["post_attention_layernorm.weight"]
         halves = torch.arange(rope)

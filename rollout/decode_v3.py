@@ -99,7 +99,7 @@ def route(
     return picked * c.routed_scaling_factor, chosen
 
 
-def rotate(x: Float[Tensor, "... rope"], cos: Float[Tensor, "..."], sin: Float[Tensor, "..."]) -> Tensor:
+def rotate(x: Float[Tensor, "... rope"], cos: Float[Tensor, ...], sin: Float[Tensor, ...]) -> Tensor:
     """Rotates the halves of the last dimension against each other (interleaved checkpoints are reordered at load)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

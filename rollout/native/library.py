@@ -62,8 +62,8 @@ def build() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise CompilerMissing(
-            "the torch engine's CPU kernels need a C++ compiler (c++, g++ or clang++ on the PATH, or CXX): install one, "
-            "or choose kernels='torch'"
+            "the torch engine's CPU kernels need a C++ compiler (c++, g++ or clang++ on the PATH, or CXX): install "
+            "one, or choose kernels='torch'"
         )
     here = Path(__file__).parent
     key = hashlib.sha256("\0".join([compiler, *FLAGS, _processor()]).encode())

@@ -46,6 +46,8 @@ int32_t vector_lanes() { return LANES; }
 
 namespace {
 
+constexpr long SHARE_TOKENS = 112;  // fewer would make the experts' products thin
+
 struct Sizes {
     int key, value, head_value, first, queries, q_first, kv, experts;
     explicit Sizes(const Model& m) {
@@ -386,24 +388,25 @@ void Pass::flush_head() {
 
 extern "C" {
 
-// logits [rows, vocab]: see Sequence.first_logit. Sequences are dealt in order, in shares of about equal tokens.
+// logits [rows, vocab]: see Sequence.first_logit. Sequences are dealt in order, in shares of about equal tokens, more
+// of them than threads: where another program holds a core, the others take over.
 void v3_forward(
     const Model* model, const Layer* layers, const int64_t* tokens, const Sequence* sequences, int32_t count,
     int32_t threads, float* logits) {
     long total = 0;
     for (int i = 0; i < count; i++) total += sequences[i].tokens;
-    std::vector<int> bounds(threads + 1, count);
+    const int shares = threads * std::clamp<long>(total / (threads * SHARE_TOKENS), 1, 8);
+    std::vector<int> bounds(shares + 1, count);
     bounds[0] = 0;
     long seen = 0;
-    for (int i = 0, t = 1; i < count && t < threads; i++) {
-        while (t < threads && seen >= total * t / threads) bounds[t++] = i;
+    for (int i = 0, s = 1; i < count && s < shares; i++) {
+        while (s < shares && seen >= total * s / shares) bounds[s++] = i;
         seen += sequences[i].tokens;
     }
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int t = 0; t < threads; t++) {
-        if (bounds[t] >= bounds[t + 1]) continue;
-        Pass(*model, layers).run(tokens, sequences + bounds[t], sequences + bounds[t + 1], logits);
-    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int s = 0; s < shares; s++)
+        if (bounds[s] < bounds[s + 1])
+            Pass(*model, layers).run(tokens, sequences + bounds[s], sequences + bounds[s + 1], logits);
 }
 
 // rollout.sampler.draw: the token where the cumulative distribution of softmax(logits / temperature) passes `noise`.

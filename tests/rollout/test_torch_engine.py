@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,6 @@ from transformers import (
 )
 
 from rollout import sampler
-
 from rollout.engine import Request, Sampling, generate
 from rollout.native import library
 from rollout.torch_engine import EngineUnusable, TorchEngine
@@ -33,8 +34,8 @@ YARN = {
 V3 = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=4, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=2,
-    routed_scaling_factor=1.5, kv_lora_rank=128, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=12,
-    n_group=1, topk_group=1, first_k_dense_replace=1, max_position_embeddings=256, num_nextn_predict_layers=0,
+    routed_scaling_factor=1.5, kv_lora_rank=128, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=12,
+    v_head_dim=12, n_group=1, topk_group=1, first_k_dense_replace=1, max_position_embeddings=256, num_nextn_predict_layers=0,
     bos_token_id=0, eos_token_id=1, initializer_range=0.2,
 )  # fmt: skip
 VARIANTS = {
@@ -208,7 +209,7 @@ def test_an_interrupted_rollout_continues_as_if_nothing_had_happened(folder, cac
     assert len(stopped) == len(asked) and all(r.finish_reason == "interrupted" for r in stopped)
     assert {len(r.tokens) for r in stopped} == {0, 7}  # rows that ran (one token at admission) and those that waited
     partial = {r.id: r for r in stopped}
-    again = generate(engine, [Request(r.prompt_id, r.sample, r.prompt_tokens, r.sampling, partial[r.id]) for r in asked])
+    again = generate(engine, [replace(r, partial=partial[r.id]) for r in asked])
     for a, b in zip(whole, again, strict=True):
         assert a.tokens == b.tokens and b.finish_reason == "length" and b.versions == [(0, 20)]
         bound = 0.0 if kernels == "native" else 1e-5
