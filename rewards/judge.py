@@ -82,6 +82,7 @@ class Judge:
     cache: str | None = None
     prompt_price: float = 0.0
     completion_price: float = 0.0
+    structured: bool = False
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
@@ -92,15 +93,20 @@ class Judge:
         self._slots = threading.Semaphore(self.parallel)
         self._memory: dict[str, str] = {}
 
-    async def ask(self, messages: list[dict[str, str]], seed: int = 0) -> Reply:
-        """The model's answer; raises JudgeError when the endpoint still fails after `retries` more attempts."""
-        return await asyncio.to_thread(self.ask_now, messages, seed)
+    async def ask(self, messages: list[dict[str, str]], seed: int = 0, choices: list[str] | None = None) -> Reply:
+        """The model's answer, with `structured` and `choices` a JSON object whose `verdict` is one of them; raises
+        JudgeError when the endpoint still fails after `retries` more attempts."""
+        return await asyncio.to_thread(self.ask_now, messages, seed, choices)
 
-    def ask_now(self, messages: list[dict[str, str]], seed: int = 0) -> Reply:
+    def ask_now(self, messages: list[dict[str, str]], seed: int = 0, choices: list[str] | None = None) -> Reply:
         """As `ask`, without an event loop."""
         body = {
             "model": self.model, "messages": messages, "temperature": self.temperature, "max_tokens": self.max_tokens, "seed": seed,
         }  # fmt: skip
+        if self.structured and choices:
+            fields = {"reason": {"type": "string", "maxLength": 300}, "verdict": {"type": "string", "enum": choices}}
+            schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}}
         key = hashlib.sha256(json.dumps([self.base_url, body], sort_keys=True).encode()).hexdigest()
         known = self._cached(key)
         if known is not None:
@@ -229,7 +235,7 @@ async def rubric_reward(
         + f"BEGIN {fence}\n{final.text.strip()}\nEND {fence}\n\n"
         f"Say in a sentence or two why, then end with the points in double brackets, for example [[{points // 2}]]."
     )
-    found, replies = await _verdict(judge, told, _POINTS, attempts, lambda text: 0 <= float(text) <= points)
+    found, replies = await _verdict(judge, told, _POINTS, attempts, [str(n) for n in range(points + 1)])
     value = float(found) / points
     return Score(value, "correct" if value >= 0.5 else "wrong", _costs(replies), replies[-1].text[-500:])
 
@@ -262,26 +268,35 @@ async def pairwise_reward(
             f"Answer B:\nBEGIN {fence}\n{second.strip()}\nEND {fence}\n\nWhich answer is more helpful, correct and clear? "
             "Say in a sentence or two why, then end with [[A]], [[B]] or, for a tie, [[C]]."
         )
-        found, asked = await _verdict(judge, told, _PREFERENCE, attempts, lambda text: True)
+        found, asked = await _verdict(judge, told, _PREFERENCE, attempts, ["A", "B", "C"])
         replies += asked
         wins += 0.5 if found == "C" else float((found == "A") == mine_first)
     value = wins / 2
     return Score(value, "correct" if value > 0.5 else "wrong", _costs(replies), replies[-1].text[-500:])
 
 
-async def _verdict(judge: Judge, told: str, pattern: re.Pattern[str], attempts: int, valid) -> tuple[str, list[Reply]]:  # noqa: ANN001
+async def _verdict(
+    judge: Judge, told: str, pattern: re.Pattern[str], attempts: int, choices: list[str]
+) -> tuple[str, list[Reply]]:
     """The last verdict in the judge's reply; asked again with another seed while there is none."""
     replies = []
     for seed in range(attempts):
-        replies.append(await judge.ask([{"role": "user", "content": told}], seed))
-        found = pattern.findall(replies[-1].text)
-        if found and valid(found[-1]):
+        replies.append(await judge.ask([{"role": "user", "content": told}], seed, choices))
+        if judge.structured:
+            try:
+                said = json.loads(replies[-1].text)["verdict"]
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off at max_tokens
+            found = [said] if said in choices else []
+        else:
+            found = pattern.findall(replies[-1].text)
+        if found and (found[-1] in choices or "A" not in choices and 0 <= float(found[-1]) <= float(choices[-1])):
             return found[-1], replies
     raise JudgeError(f"no verdict in {attempts} replies of {judge.model}; the last: {replies[-1].text[-300:]!r}")
 
 
 def _options(options: dict[str, object]) -> tuple[tuple[str, object], ...]:
-    known = {"api_key_env", "temperature", "max_tokens", "timeout_s", "retries", "parallel", "cache", "prompt_price", "completion_price"}
+    known = {"api_key_env", "temperature", "max_tokens", "timeout_s", "retries", "parallel", "cache", "prompt_price", "completion_price", "structured"}
     return tuple(sorted((name, value) for name, value in options.items() if name in known))
 
 
