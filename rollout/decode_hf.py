@@ -9,11 +9,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils.logging import disable_progress_bar
 
 from rollout import sampler
 from rollout.decoder import raise_mismatches
+
+disable_progress_bar()  # a bar per update would run across the display of a run
 
 _ATTENTIONS = ("full_attention",)
 
@@ -56,28 +60,35 @@ class TransformersDecoder:
         self.vocab_size = self.config.vocab_size
         self.max_positions = self.config.max_position_embeddings
         self.dtype, self.device = dtype, device
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        self.model.eval().requires_grad_(False).to(device)
-        self._shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}  # tied ones once
+        # SDPA would leave out a softcap of the scores without a word.
+        softcap = getattr(self.config, "attn_logit_softcapping", None)
+        self.attention = "sdpa" if softcap is None else "eager"
+        self.model = self._build(AutoModelForCausalLM, path)
+        self._kind = type(self.model)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self.weights()}
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
     # weights
 
+    def _build(self, kind: type, path: str | Path | None, **given: dict[str, Tensor]) -> PreTrainedModel:
+        model = kind.from_pretrained(
+            path, config=self.config, dtype=self.dtype, attn_implementation=self.attention, **given
+        )
+        return model.eval().requires_grad_(False).to(self.device)
+
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        tied = set(parameters) - set(self._shapes)
-        given = {
-            name: tensor.detach().to(device=self.device, dtype=self.dtype, copy=True)
-            for name, tensor in weights
-            if name not in tied
-        }
-        raise_mismatches(self._shapes, {name: tuple(t.shape) for name, t in given.items()})
-        for name in self._shapes:
-            parameters[name].data = given[name]
+        given = {name: tensor.detach().clone() for name, tensor in weights}
+        raise_mismatches(self._shapes, {name: tuple(t.shape) for name, t in given.items() if name not in self._tied})
+        # Through transformers, which alone knows how a checkpoint's tensors are fused in its modules.
+        self.model = self._build(self._kind, None, state_dict=given)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.model.named_parameters()
+        if self.model is None:
+            return
+        self._tied = set(self.model.all_tied_weights_keys)
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in self._tied}
+        yield from revert_weight_conversion(self.model, state).items()
 
     # cache rows
 
@@ -95,8 +106,7 @@ class TransformersDecoder:
 
     def release(self) -> None:
         self._keys, self._values = [], []
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data.new_empty(0)
+        self.model = None
 
     def move(self, source: int, target: int) -> None:
         for cache in self._keys + self._values:

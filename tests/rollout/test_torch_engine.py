@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from rollout import sampler
@@ -35,8 +37,8 @@ V3 = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=4, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=2,
     routed_scaling_factor=1.5, kv_lora_rank=128, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=12,
-    v_head_dim=12, n_group=1, topk_group=1, first_k_dense_replace=1, max_position_embeddings=256, num_nextn_predict_layers=0,
-    bos_token_id=0, eos_token_id=1, initializer_range=0.2,
+    v_head_dim=12, n_group=1, topk_group=1, first_k_dense_replace=1, max_position_embeddings=256,
+    num_nextn_predict_layers=0, bos_token_id=0, eos_token_id=1, initializer_range=0.2,
 )  # fmt: skip
 VARIANTS = {
     "folded": {},  # kv_lora 128 > hidden 32: the native kernels merge W_DKV with W_UK and W_UV
@@ -63,8 +65,8 @@ def make_v3(folder, seed=0, **changes):
     return model
 
 
-def make_small(folder, config, model, **changes):
-    torch.manual_seed(0)
+def make_small(folder, config, model, seed=0, **changes):
+    torch.manual_seed(seed)
     made = model(config(**(SMALL | changes))).eval()
     made.save_pretrained(folder)
     return made
@@ -119,11 +121,34 @@ def test_logprobs_are_those_of_transformers(tmp_path, variant, cache, kernels):
     assert_matches(model, rollouts, 2e-5, temperature=0.8)
 
 
-@pytest.mark.parametrize("config, model", [(LlamaConfig, LlamaForCausalLM), (Qwen3Config, Qwen3ForCausalLM)])
-def test_logprobs_of_other_causal_models(tmp_path, config, model):
-    reference = make_small(tmp_path, config, model)
+OTHERS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen_tied": (Qwen3Config, Qwen3ForCausalLM, dict(tie_word_embeddings=True)),
+    "mixture": (Qwen3MoeConfig, Qwen3MoeForCausalLM, dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_logprobs_of_other_causal_models(tmp_path, name):
+    config, model, changes = OTHERS[name]
+    reference = make_small(tmp_path, config, model, **changes)
     engine = TorchEngine(tmp_path, max_batch=5)
     assert_matches(reference, generate(engine, requests()), 2e-5)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_causal_models_sleep_and_take_updates(tmp_path, name):
+    config, model, changes = OTHERS[name]
+    make_small(tmp_path / "a", config, model, **changes)
+    other = make_small(tmp_path / "b", config, model, seed=1, **changes)
+    engine = TorchEngine(tmp_path / "a", max_batch=5)
+    engine.update(read_folder(tmp_path / "b"), version=1)
+    engine.sleep()
+    assert not list(engine.decoder.weights())
+    engine.wake()
+    assert_matches(other, generate(engine, requests(2, 2)), 2e-5)
+    with pytest.raises(ValueError, match="missing: model.norm.weight"):
+        engine.update(((n, t) for n, t in read_folder(tmp_path / "b") if n != "model.norm.weight"), version=2)
 
 
 def test_sliding_windows_are_refused(tmp_path):
