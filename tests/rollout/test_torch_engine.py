@@ -121,10 +121,11 @@ def test_logprobs_are_those_of_transformers(tmp_path, variant, cache, kernels):
     assert_matches(model, rollouts, 2e-5, temperature=0.8)
 
 
+TOP_2 = {"num_experts_per_tok": 2}
 OTHERS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen_tied": (Qwen3Config, Qwen3ForCausalLM, dict(tie_word_embeddings=True)),
-    "mixture": (Qwen3MoeConfig, Qwen3MoeForCausalLM, dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)),
+    "mixture": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {"moe_intermediate_size": 16, "num_experts": 4} | TOP_2),
 }
 
 
