@@ -56,7 +56,9 @@ def responses(golds: list[str], count: int, seed: int) -> list[Case]:
     for index in range(count):
         gold = golds[index % len(golds)]
         said = [gold, spell(gold), rng.choice(golds)][index % 3]
-        cases.append((f"<think>Let me work it out. {'I add and check. ' * 20}</think>\nThe answer is $\\boxed{{{said}}}$.", gold))
+        cases.append(
+            (f"<think>Let me work it out. {'I add and check. ' * 20}</think>\nThe answer is $\\boxed{{{said}}}$.", gold)
+        )
     rng.shuffle(cases)
     return cases
 
@@ -64,7 +66,10 @@ def responses(golds: list[str], count: int, seed: int) -> list[Case]:
 def with_bombs(cases: list[Case]) -> list[Case]:
     """The same cases with one in a hundred replaced by a bomb, the kinds in turn."""
     kinds = list(BOMBS.values())
-    return [(f"</think>{kinds[i // 100 % len(kinds)]}", gold) if i % 100 == 50 else (text, gold) for i, (text, gold) in enumerate(cases)]
+    return [
+        (f"</think>{kinds[i // 100 % len(kinds)]}", gold) if i % 100 == 50 else (text, gold)
+        for i, (text, gold) in enumerate(cases)
+    ]
 
 
 def _check(which: str) -> Any:
@@ -76,7 +81,10 @@ def _check(which: str) -> Any:
     import math_verify
 
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig()]
-    check = lambda text, gold: bool(math_verify.verify(math_verify.parse(f"${gold}$", config), math_verify.parse(text, config)))  # noqa: E731
+
+    def check(text: str, gold: str) -> bool:
+        return bool(math_verify.verify(math_verify.parse(f"${gold}$", config), math_verify.parse(text, config)))
+
     check("$1$", "1")
     return check
 
@@ -96,8 +104,13 @@ def measure(which: str, cases: list[Case], limit_s: float) -> dict[str, Any]:
     """Checks per second, percentiles in ms and the answers; `finished` tells whether all were done within `limit_s`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, __file__, "--child", which], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True,
+        [sys.executable, __file__, "--child", which],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
     try:
         output, _ = process.communicate(json.dumps(cases), timeout=limit_s)
@@ -141,12 +154,16 @@ def accuracy(data: Path, shuffled: int, limit_s: float) -> dict[str, Any]:
     cases = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cases)
     sets: dict[str, tuple[list[Case], int]] = {}
-    for name, file in (("GSM8K", "gsm8k_test.jsonl"), ("MATH-500", "math500.jsonl"), ("MATH-train", "math_train_7474.jsonl")):
+    for name, file in (
+        ("GSM8K", "gsm8k_test.jsonl"),
+        ("MATH-500", "math500.jsonl"),
+        ("MATH-train", "math_train_7474.jsonl"),
+    ):
         golds = load_answers(data / file)
         others = golds[:]
         random.Random(3).shuffle(others)
         sets[f"{name} gold = itself"] = [(f"\\boxed{{{gold}}}", gold) for gold in golds[:shuffled]], 1
-        pairs = [(f"\\boxed{{{o}}}", g) for g, o in zip(golds, others) if plainly(g) != plainly(o)]
+        pairs = [(f"\\boxed{{{o}}}", g) for g, o in zip(golds, others, strict=True) if plainly(g) != plainly(o)]
         sets[f"{name} shuffled"] = pairs[:shuffled], 0
     sets["deceitful responses"] = [case for family in cases.DECEITS.values() for case in family], 0
     sets["honest responses"] = list(cases.HONEST), 1
@@ -154,15 +171,20 @@ def accuracy(data: Path, shuffled: int, limit_s: float) -> dict[str, Any]:
     for name, (pairs, expected) in sets.items():
         for which in ("ours", "math-verify"):
             result = measure(which, pairs, limit_s)
-            wrong = [pair for pair, answer in zip(pairs, result["answers"]) if answer != expected]
+            wrong = [pair for pair, answer in zip(pairs, result["answers"], strict=False) if answer != expected]
             found[f"{name}, {which}"] = {
-                "cases": len(pairs), "checked": result["checks"], "wrong": len(wrong), "examples": wrong[:5] if which == "ours" else []
-            }  # fmt: skip
+                "cases": len(pairs),
+                "checked": result["checks"],
+                "wrong": len(wrong),
+                "examples": wrong[:5] if which == "ours" else [],
+            }
     return found
 
 
 def plainly(gold: str) -> str:
-    """Golds that only differ in spelling (`k = 3` and `3`, `2 \\text{ euros}` and `2`) are not told apart when shuffled."""
+    """Golds that only differ in spelling (`k = 3` and `3`, `2 \\text{ euros}` and `2`) are not told apart when
+    shuffled.
+    """
     text = re.sub(r"\\(?:text|mbox)\{[^{}]*\}|\^\{?\\circ\}?|\\[!$,]|[\s$]|\\%|^[a-z]=", "", gold.replace(" ", ""))
     return re.sub(r"\\d?frac(\d)(\d)", r"\\frac{\1}{\2}", text)
 
@@ -183,13 +205,18 @@ def upstream(checkout: Path) -> dict[str, Any]:
                 if "gold" not in columns:
                     continue
                 for values in mark.args[1]:
-                    row = dict(zip(columns, values))
+                    row = dict(zip(columns, values, strict=True))
                     expected = bool(row.get("expected", row.get("result")))
                     if equal(row["gold"], row["pred"]) == expected:
                         right += 1
                     else:
                         missed.append([row["gold"][-60:], row["pred"][-60:], expected])
-    return {"pairs": right + len(missed), "agree": right, "share": right / max(1, right + len(missed)), "missed": missed}
+    return {
+        "pairs": right + len(missed),
+        "agree": right,
+        "share": right / max(1, right + len(missed)),
+        "missed": missed,
+    }
 
 
 def main() -> None:
@@ -211,17 +238,26 @@ def main() -> None:
     report: dict[str, Any] = {"load_average": os.getloadavg()[0], "cores": os.cpu_count()}
     if options.upstream:
         report["upstream"] = upstream(options.upstream)
-        print(f"Math-Verify's own pairs: {report['upstream']['agree']} of {report['upstream']['pairs']} ({report['upstream']['share']:.1%})")
+        print(
+            f"Math-Verify's own pairs: {report['upstream']['agree']} of {report['upstream']['pairs']}"
+            f" ({report['upstream']['share']:.1%})"
+        )
     if options.only != "speed":
         report["accuracy"] = accuracy(options.data, options.shuffled, options.limit)
         for name, row in report["accuracy"].items():
-            undone = "" if row["checked"] == row["cases"] else f" ({row['cases'] - row['checked']} not done in {options.limit:.0f} s)"
+            undone = (
+                ""
+                if row["checked"] == row["cases"]
+                else f" ({row['cases'] - row['checked']} not done in {options.limit:.0f} s)"
+            )
             print(f"{name:<44} wrong {row['wrong']:>5} of {row['checked']:>5}{undone}")
     if options.only != "accuracy":
         report["speed"] = speed(options.data, options.checks, options.limit)
         for name, row in report["speed"].items():
             undone = "" if row["finished"] else f"  only {row['checks']} of {options.checks} in {options.limit:.0f} s"
-            times = "  ".join(f"{k} {row[k + '_ms']:.2f} ms" for k in ("p50", "p99", "max") if row[k + "_ms"] is not None)
+            times = "  ".join(
+                f"{k} {row[k + '_ms']:.2f} ms" for k in ("p50", "p99", "max") if row[k + "_ms"] is not None
+            )
             print(f"{name:<36} {row['per_second']:>8.0f} checks/s  {times}{undone}")
         for kind in ("gsm8k", "math"):
             clean, bombed = (report["speed"][f"{kind}, {name}, ours"]["per_second"] for name in ("clean", "1 % bombs"))

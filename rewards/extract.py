@@ -9,7 +9,8 @@ from typing import Literal
 # Written by a model that does not stop: nothing after one of these belongs to the completion.
 # Two patterns, each with a literal first character, because that is what `re` finds fast in a megabyte.
 _END = re.compile(
-    r"<(?:\|(?:im_end|im_start|endoftext|eot_id|end_of_text|start_header_id|end|user|system)\|>|/s>|eos>|(?:end|start)_of_turn>"
+    r"<(?:\|(?:im_end|im_start|endoftext|eot_id|end_of_text|start_header_id|end|user|system)\|>|/s>|eos>|(?:end"
+    r"|start)_of_turn>"
     r"|｜(?:end▁of▁sentence|begin▁of▁sentence|User)｜>)"
 )
 _INST = re.compile(r"\[/?INST\]")
@@ -17,7 +18,8 @@ MAX_FINAL_CHARACTERS = 200_000
 # A turn that the model plays for somebody else. Looked for in the answer part only: reasoning may quote a dialogue.
 _TURN = re.compile(
     r"\n(?:[ \t#*>]*(?:user|human|assistant|system|question|problem|instruction|q)[ \t*]*:"
-    r"|#{1,6}[ \t]*(?:user|human|assistant|system|instruction|problem|question)\b)", re.I
+    r"|#{1,6}[ \t]*(?:user|human|assistant|system|instruction|problem|question)\b)",
+    re.I,
 )
 
 # Spellings that a lenient reader would take for the tag, so that what is in them is not clearly the answer.
@@ -79,7 +81,7 @@ def final_part(completion: str, answer_tag: AnswerTag = "auto", require_think: b
 
 
 def reasoning_part(completion: str) -> str:
-    """What stands in front of the last `</think>`, without the opening tag; the whole text when there is no such tag."""
+    """What stands in front of the last `</think>`, without the opening tag; the whole text without such a tag."""
     text = cut_at_end(completion)
     head, close, _ = text.rpartition("</think>")
     reasoning = head if close else text

@@ -12,24 +12,58 @@ from rewards.score import Score
 # Not language: code, formulas, addresses, tags, commands.
 _NOT_TEXT = re.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\[.*?\\\]|\\\(.*?\\\)"
-    r"|\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\boxed\{[^{}]*\}|\\[a-zA-Z]+|https?://\S+|<[^<>\n]{1,40}>|\w*\d\w*|\w+\([^()\n]*\)|\w+_\w+",
+    r"|\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\boxed\{[^{}]*\}|\\[a-zA-Z]+|https?://\S+|<[^<>\n]{1,40}>|\w*\d\w*"
+    r"|\w+\([^()\n]*\)|\w+_\w+",
     re.S,
 )
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _SENTENCE = re.compile(r"(?<=[.!?。！？])\s*|\n+")
 
 _SCRIPTS: dict[str, tuple[str, ...]] = {
-    "zh": ("CJK",), "ja": ("CJK", "HIRAGANA", "KATAKANA"), "ko": ("HANGUL",), "ru": ("CYRILLIC",), "uk": ("CYRILLIC",), "el": ("GREEK",),
-    "ar": ("ARABIC",), "fa": ("ARABIC",), "he": ("HEBREW",), "hi": ("DEVANAGARI",), "th": ("THAI",), "bn": ("BENGALI",), "ta": ("TAMIL",),
-}  # fmt: skip
+    "zh": ("CJK",),
+    "ja": ("CJK", "HIRAGANA", "KATAKANA"),
+    "ko": ("HANGUL",),
+    "ru": ("CYRILLIC",),
+    "uk": ("CYRILLIC",),
+    "el": ("GREEK",),
+    "ar": ("ARABIC",),
+    "fa": ("ARABIC",),
+    "he": ("HEBREW",),
+    "hi": ("DEVANAGARI",),
+    "th": ("THAI",),
+    "bn": ("BENGALI",),
+    "ta": ("TAMIL",),
+}
 # Function words that tell languages of the Latin script apart; words that two of them share are left out.
 _FUNCTION_WORDS: dict[str, frozenset[str]] = {
-    "en": frozenset("the of and to is that it for with this are be we have not from but which so if then there can since let now each".split()),
-    "de": frozenset("der die das und ist nicht ein eine mit auf für von dem den wir sich auch als wenn dann aber oder wird sind also".split()),
-    "fr": frozenset("le les et est une dans que qui pour pas avec nous sur au ce cette donc sont il elle mais si alors aux soit".split()),
-    "es": frozenset("el los y es que una por con para las no se lo su más pero como entonces son este esta si porque hay".split()),
-    "it": frozenset("il lo gli e di che è un una per con non sono della del nel quindi ma anche questo questa se allora abbiamo".split()),
-    "pt": frozenset("o os e é que uma por com para não se do da em mais mas como então são este esta isso temos".split()),
+    "en": frozenset(
+        (
+            "the of and to is that it for with this are be we have not from but which so if then there can since "
+            "let now each"
+        ).split()
+    ),
+    "de": frozenset(
+        (
+            "der die das und ist nicht ein eine mit auf für von dem den wir sich auch als wenn dann aber oder "
+            "wird sind also"
+        ).split()
+    ),
+    "fr": frozenset(
+        (
+            "le les et est une dans que qui pour pas avec nous sur au ce cette donc sont il elle mais si alors aux soit"
+        ).split()
+    ),
+    "es": frozenset(
+        ("el los y es que una por con para las no se lo su más pero como entonces son este esta si porque hay").split()
+    ),
+    "it": frozenset(
+        (
+            "il lo gli e di che è un una per con non sono della del nel quindi ma anche questo questa se allora abbiamo"
+        ).split()
+    ),
+    "pt": frozenset(
+        "o os e é que uma por com para não se do da em mais mas como então são este esta isso temos".split()
+    ),
     "nl": frozenset("het een en van dat niet met voor zijn we dus maar ook als dan wordt deze dit hebben naar".split()),
     "pl": frozenset("i w jest że nie na się to z do jak więc ale dla mamy tego czyli są".split()),
     "tr": frozenset("ve bir bu için ile da de olarak çok gibi ise değil olan daha sonra".split()),
@@ -43,7 +77,21 @@ _CHARACTERS_PER_WORD = {"CJK": 1.6, "HIRAGANA": 2.5, "KATAKANA": 2.5, "THAI": 4.
 @lru_cache(maxsize=4096)
 def _script(character: str) -> str:
     name = unicodedata.name(character, "")
-    for known in ("LATIN", "CJK", "HIRAGANA", "KATAKANA", "HANGUL", "CYRILLIC", "GREEK", "ARABIC", "HEBREW", "DEVANAGARI", "THAI", "BENGALI", "TAMIL"):
+    for known in (
+        "LATIN",
+        "CJK",
+        "HIRAGANA",
+        "KATAKANA",
+        "HANGUL",
+        "CYRILLIC",
+        "GREEK",
+        "ARABIC",
+        "HEBREW",
+        "DEVANAGARI",
+        "THAI",
+        "BENGALI",
+        "TAMIL",
+    ):
         if known in name:
             return known
     return name.partition(" ")[0]
@@ -106,4 +154,6 @@ def language_reward(completion: str, language: str = "en", threshold: float = 0.
     share, words = language_share(reasoning_part(completion), language)
     if not words:
         return Score(0.0, "unparsed", {"language_words": 0.0}, "no words")
-    return Score(share, "correct" if share >= threshold else "wrong", {"language_words": words, "language_share": share})
+    return Score(
+        share, "correct" if share >= threshold else "wrong", {"language_words": words, "language_share": share}
+    )

@@ -19,7 +19,8 @@ def overlong_reward(completion: str, limit_characters: int, buffer_characters: i
     """
     if not 0 < buffer_characters <= limit_characters:
         raise ValueError(
-            f"buffer_characters is {buffer_characters}, limit_characters {limit_characters}; expected 0 < buffer <= limit"
+            f"buffer_characters is {buffer_characters}, limit_characters {limit_characters}; expected 0 < buffer"
+            f" <= limit"
         )
     over = len(completion) - (limit_characters - buffer_characters)
     value = -min(1.0, max(0.0, over / buffer_characters))
@@ -37,7 +38,7 @@ def length_reward(completions: list[str], correct: str = "", **row: Any) -> list
     shortest, longest = min(lengths), max(lengths)
     judge = load_reward(correct) if correct else None
     scores: list[Score | None] = []
-    for text, length in zip(completions, lengths):
+    for text, length in zip(completions, lengths, strict=True):
         value = 0.5 - (length - shortest) / (longest - shortest) if longest > shortest else 0.0
         if judge is not None:
             verdict = judge.one(text, row)

@@ -74,9 +74,7 @@ class Reward:
         self.address = address
         self.function = function
         self.params = dict(params)
-        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)
-        )
+        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
         signature = inspect.signature(function)
         names = signature.parameters
         self.is_group = "completions" in names
@@ -89,9 +87,13 @@ class Reward:
         self.wanted = [n for n, p in names.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         positional = [n for n, p in names.items() if p.kind is p.POSITIONAL_ONLY]
         if positional:
-            raise RewardError(f"{address}: {positional} are positional-only, but arguments come by name: remove the '/'")
+            raise RewardError(
+                f"{address}: {positional} are positional-only, but arguments come by name: remove the '/'"
+            )
         self.required = [
-            n for n in self.wanted if names[n].default is inspect.Parameter.empty and n not in ("completion", "completions")
+            n
+            for n in self.wanted
+            if names[n].default is inspect.Parameter.empty and n not in ("completion", "completions")
         ]
         unknown = [n for n in self.params if n not in self.wanted and not self.takes_all]
         if unknown:
@@ -107,7 +109,8 @@ class Reward:
         missing = [n for n in self.required if n not in row and n not in self.params]
         if missing:
             raise RewardError(
-                f"{self.address} needs the column{'s' * (len(missing) > 1)} {missing}; the row has {sorted(row)}. Rename "
+                f"{self.address} needs the column{'s' * (len(missing) > 1)} {missing}; the row has {sorted(row)}."
+                f" Rename "
                 "a column of the data set, or give the value under 'params' of this reward"
             )
         skip = ("completion", "completions")
@@ -130,7 +133,7 @@ class Reward:
         if len(each) != len(completions):
             raise RewardError(f"{self.address}: {len(completions)} completions but {len(each)} rows")
         if not self.is_group:
-            return [self.one(completion, row) for completion, row in zip(completions, each)]
+            return [self.one(completion, row) for completion, row in zip(completions, each, strict=True)]
         if not completions:
             return []
         arguments = self.arguments(each[0])

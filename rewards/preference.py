@@ -55,8 +55,10 @@ def preference_reward(
         values = loaded(input_ids=tokens, attention_mask=mask).logits[:, 0].float().tolist()
     lowest = min(values)
     return [
-        Score(lowest, "unparsed", detail="no final part") if answer is None else Score(value, "correct" if value > 0 else "wrong")
-        for answer, value in zip(answers, values)
+        Score(lowest, "unparsed", detail="no final part")
+        if answer is None
+        else Score(value, "correct" if value > 0 else "wrong")
+        for answer, value in zip(answers, values, strict=True)
     ]
 
 

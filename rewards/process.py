@@ -1,10 +1,10 @@
 """A warm worker process that can be killed at any moment and is back within milliseconds.
 
-Two processes stand behind one `WarmProcess`: a *keeper*, a fresh interpreter (never a fork of the caller, which may hold
-torch's threads or a GPU) that imports what the work needs and then does nothing but fork; and its *worker*, the fork
-that answers requests over two pipes. When a worker hangs, the caller kills it and the keeper forks the next one, with
-everything still imported. The caller trusts nothing that comes back: replies are lines of JSON, and a line that a kill cut
-short is dropped; requests, which only the caller writes, are pickled.
+Two processes stand behind one `WarmProcess`: a *keeper*, a fresh interpreter (never a fork of the caller, which may
+hold torch's threads or a GPU) that imports what the work needs and then does nothing but fork; and its *worker*, the
+fork that answers requests over two pipes. When a worker hangs, the caller kills it and the keeper forks the next one,
+with everything still imported. The caller trusts nothing that comes back: replies are lines of JSON, and a line that a
+kill cut short is dropped; requests, which only the caller writes, are pickled.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ class WarmProcess:
     """A keeper and its worker, seen from the caller. Not thread-safe: one thread talks to it.
 
     `target` is `module:factory`; `factory(*arguments)` is called once in the keeper and returns the handler of
-    requests. `memory_bytes` caps the private memory of the worker. The first message to read is `{"ready": pid, "about": ...}`
-    (the handler's attribute `about`); another one follows every time the keeper has forked anew and carries in `ended` how the previous worker went
-    (a negative number is the signal that killed it). Every request is answered by `{"started": true}`, from when on a
-    deadline can run, and then by what the handler yields; a reply with `replace` set is the worker's last.
+    requests. `memory_bytes` caps the private memory of the worker. The first message to read is
+    `{"ready": pid, "about": ...}` (the handler's attribute `about`); another one follows every time the keeper has
+    forked anew and carries in `ended` how the previous worker went (a negative number: the signal that killed it).
+    Every request is answered by `{"started": true}`, from when on a deadline can run, and then by what the handler
+    yields; a reply with `replace` set is the worker's last.
     """
 
     def __init__(self, target: str, arguments: tuple = (), memory_bytes: int | None = None) -> None:
@@ -62,8 +63,12 @@ class WarmProcess:
         command = [sys.executable, "-P", "-c", main, str(request_read), str(reply_write)]
         try:
             self._keeper = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
-                pass_fds=(request_read, reply_write), env=environment, start_new_session=True,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
+                pass_fds=(request_read, reply_write),
+                env=environment,
+                start_new_session=True,
             )
         finally:
             os.close(request_read)
@@ -221,7 +226,7 @@ def _serve(request: int, reply: int, handler: Handler, ended: int | None) -> int
 
 
 def alarm_after(seconds: float) -> None:
-    """Lets the kernel kill this worker after `seconds` (0 cancels): holds when the caller is gone or the GIL is held."""
+    """Lets the kernel kill this worker after `seconds` (0 cancels), also when the caller is gone or the GIL held."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
 

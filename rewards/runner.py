@@ -173,7 +173,12 @@ class RewardRunner:
                 task = self._waiting.popleft()
             seat.task = task
             group, spec = task.group, self.specs[task.reward]
-            request = (task.number, task.reward, [group.completions[i] for i in task.indices], [group.rows[i] for i in task.indices])
+            request = (
+                task.number,
+                task.reward,
+                [group.completions[i] for i in task.indices],
+                [group.rows[i] for i in task.indices],
+            )
             seat.deadline = time.monotonic() + TAKE_TIMEOUT_S
             seat.started = False
             # an async function keeps its own deadline per completion; this one is for when it blocks

@@ -46,17 +46,20 @@ class FileSummary:
         return json.loads(text, parse_constant=lambda name: None)
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.completions} completions in {self.seconds:.1f} s ({self.completions / max(self.seconds, 1e-9):,.0f}/s)"
-        ]
+        rate = self.completions / max(self.seconds, 1e-9)
+        lines = [f"{self.completions} completions in {self.seconds:.1f} s ({rate:,.0f}/s)"]
         for reward in self.rewards:
             counts = ", ".join(f"{name} {count}" for name, count in reward.verdicts.items() if count)
             lines.append(f"{reward.fn} (weight {reward.weight:g}): mean {reward.mean_value:.4f}; {counts or 'nothing'}")
             lines += [f"    {name} {value:.4g}" for name, value in sorted(reward.metrics.items())]
             if reward.confusion is not None:
                 c = reward.confusion
-                lines.append(f"    label right: {c['right_correct']} rewarded, {c['right_missed']} not (false negatives)")
-                lines.append(f"    label wrong: {c['wrong_rewarded']} rewarded (false positives), {c['wrong_refused']} not")
+                lines.append(
+                    f"    label right: {c['right_correct']} rewarded, {c['right_missed']} not (false negatives)"
+                )
+                lines.append(
+                    f"    label wrong: {c['wrong_rewarded']} rewarded (false positives), {c['wrong_refused']} not"
+                )
             if reward.first_error:
                 lines.append("    the first error: " + reward.first_error.strip().replace("\n", "\n    "))
         return "\n".join(lines)
@@ -123,7 +126,9 @@ def score_file(
     return FileSummary(done, time.monotonic() - start, summaries)
 
 
-def explain(path: str | Path, reward: RewardSpec | str | Mapping[str, Any], line: int, completion: str = "completion") -> str:
+def explain(
+    path: str | Path, reward: RewardSpec | str | Mapping[str, Any], line: int, completion: str = "completion"
+) -> str:
     """For one line (from 1): what was extracted, how it was normalised and which rule decided, as text.
 
     A reward function can carry an attribute `explain`, called like itself, that returns (Score, steps); for others the
@@ -148,7 +153,10 @@ def explain(path: str | Path, reward: RewardSpec | str | Mapping[str, Any], line
         if score is None:
             shown.append("score       none: the reward does not apply to this row")
         else:
-            shown.append(f"score       {score.value:g} ({score.verdict})" + (f": {score.detail}" if score.detail and not steps else ""))
+            shown.append(
+                f"score       {score.value:g} ({score.verdict})"
+                + (f": {score.detail}" if score.detail and not steps else "")
+            )
             shown += [f"{name:<11} {value:g}" for name, value in score.metrics.items()]
     return "\n".join(shown)
 
@@ -176,7 +184,9 @@ def _read(path: Path, completion: str, label: str) -> list[_Line]:
                 raise RewardError(f"{path}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict) or completion not in row:
                 columns = sorted(row) if isinstance(row, dict) else type(row).__name__
-                raise RewardError(f"{path}, line {number}: no column {completion!r} (found {columns}); name it with completion=")
+                raise RewardError(
+                    f"{path}, line {number}: no column {completion!r} (found {columns}); name it with completion="
+                )
             said = row.pop(completion)
             many = isinstance(said, list)
             texts = said if many else [said]
@@ -193,7 +203,16 @@ def _read(path: Path, completion: str, label: str) -> list[_Line]:
 
 
 def _label(value: Any, path: Path, number: int) -> bool:
-    known = {"true": True, "correct": True, "1": True, "1.0": True, "false": False, "wrong": False, "0": False, "0.0": False}
+    known = {
+        "true": True,
+        "correct": True,
+        "1": True,
+        "1.0": True,
+        "false": False,
+        "wrong": False,
+        "0": False,
+        "0.0": False,
+    }
     found = known.get(str(value).lower())
     if found is None:
         raise RewardError(f"{path}, line {number}: label {value!r}; use true or false, 1 or 0, 'correct' or 'wrong'")
@@ -201,7 +220,9 @@ def _label(value: Any, path: Path, number: int) -> bool:
 
 
 def _groups(lines: Sequence[_Line], size: int) -> Iterator[list[_Line]]:
-    """Lines of one completion together, for fewer messages; a line that is a group of its own stays alone (the plural form sees one prompt)."""
+    """Lines of one completion together, for fewer messages; a line that is a group of its own stays alone (the plural
+    form sees one prompt).
+    """
     group: list[_Line] = []
     for line in lines:
         if line.many:
@@ -230,14 +251,18 @@ def _record(line: _Line, scores: Scores, specs: Sequence[RewardSpec]) -> dict[st
     for at in range(len(line.texts)):
         mine = [reward[at] for reward in scores]
         failed = any(score is not None and score.verdict == "error" for score in mine)
-        sum_ = sum(spec.weight * score.value for spec, score in zip(specs, mine) if score is not None)
-        samples.append({
-            "reward": None if failed else sum_,
-            "scores": [
-                None if score is None else {**asdict(score), "value": None if math.isnan(score.value) else score.value}
-                for score in mine
-            ],
-        })
+        sum_ = sum(spec.weight * score.value for spec, score in zip(specs, mine, strict=True) if score is not None)
+        samples.append(
+            {
+                "reward": None if failed else sum_,
+                "scores": [
+                    None
+                    if score is None
+                    else {**asdict(score), "value": None if math.isnan(score.value) else score.value}
+                    for score in mine
+                ],
+            }
+        )
     return {"line": line.number, **({"samples": samples} if line.many else samples[0])}
 
 
@@ -249,7 +274,7 @@ class _Tally:
         self.confusion = [Counter[tuple[bool, bool]]() for _ in specs] if labelled else None
 
     def add(self, line: _Line, scores: Scores) -> None:
-        for index, (summary, samples) in enumerate(zip(self.summaries, scores)):
+        for index, (summary, samples) in enumerate(zip(self.summaries, scores, strict=True)):
             for at, score in enumerate(samples):
                 summary.verdicts["not applicable" if score is None else score.verdict] += 1
                 if score is None:

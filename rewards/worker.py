@@ -62,11 +62,17 @@ class _Handler:
         for at, score in pairs:
             self.left -= 1
             packed = None if score is None else {**asdict(score), "detail": score.detail[-_DETAIL_CHARACTERS:]}
-            yield {"task": task, "at": at, "score": packed, "cpu_s": time.process_time(), "replace": self._worn_out(score)}
+            yield {
+                "task": task,
+                "at": at,
+                "score": packed,
+                "cpu_s": time.process_time(),
+                "replace": self._worn_out(score),
+            }
         alarm_after(0)
 
     def _each(self, reward: Reward, completions: list[str], rows: list[Row], alarm_s: float) -> Iterator[tuple]:
-        for at, (completion, row) in enumerate(zip(completions, rows)):
+        for at, (completion, row) in enumerate(zip(completions, rows, strict=True)):
             alarm_after(alarm_s)
             try:
                 score = reward.one(completion, row)

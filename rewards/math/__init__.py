@@ -1,4 +1,6 @@
-"""Mathematical answers: strict extraction, exact comparison, Math-Verify behind guards. Imports neither torch nor sympy."""
+"""Mathematical answers: strict extraction, exact comparison, Math-Verify behind guards. Imports neither torch nor
+sympy.
+"""
 
 from rewards.math.equality import Decision, decide, equal
 from rewards.math.reward import math_reward

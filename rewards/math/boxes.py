@@ -1,4 +1,6 @@
-r"""The final value of a completion: the last balanced `\boxed{}` of its final part, and only if nothing speaks against it."""
+r"""The final value of a completion: the last balanced `\boxed{}` of its final part, and only if nothing speaks against
+it.
+"""
 
 from __future__ import annotations
 
@@ -111,4 +113,3 @@ def _unwrap(content: str) -> str:
             return content
         content = inner[match.end() + 1 : end]
     return content
-

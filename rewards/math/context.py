@@ -1,4 +1,6 @@
-r"""What the text around a box does to it: strikes it out, denies it, takes it back, or makes it part of something larger."""
+r"""What the text around a box does to it: strikes it out, denies it, takes it back, or makes it part of something
+larger.
+"""
 
 from __future__ import annotations
 
@@ -22,36 +24,51 @@ _STRUCK = re.compile(
     r"(?:\\(?:x|b)?cancel|\\sout|\\st|\\[hv]?phantom|\\text(?:color)?\{white\}|\\color\{white\})\s*\{[^{}]*$|~~[^~\n]*$"
 )
 _FILLER = (
-    r"(?:be|been|equal(?:s|ly)?|to|simply|just|the|true|correct|final|right|answer|value|result|solution|is|was|were|necessarily|"
+    r"(?:be|been|equal(?:s|ly)?|to|simply|just|the|true|correct|final|right|answer|value|result|solution|is|was"
+    r"|were|necessarily|"
     r"actually|exactly|really|a|an|that|it|x|as|of)"
 )
 _DENIED = re.compile(
-    r"(?:\b(?:not|never|cannot|neither|nor|isnt|no longer|hardly)|n['’]t|\b(?:rather than|instead of|other than|anything but|"
-    r"everything but|all but|except(?: for)?|unlike|excluding|different from|far from|wrong|incorrect|false|invalid|suppose|assume|"
-    r"assuming|supposing|if|whether|unless|rul(?:e|es|ed|ing) out|exclud(?:es|ed|e)|eliminat(?:es|ed|e|ing)|reject(?:s|ed|ing)?|"
+    r"(?:\b(?:not|never|cannot|neither|nor|isnt|no longer|hardly)|n['’]t|\b(?:rather than|instead of|other than"
+    r"|anything but|"
+    r"everything but|all but|except(?: for)?|unlike|excluding|different from|far from|wrong|incorrect|false|invalid"
+    r"|suppose|assume|"
+    r"assuming|supposing|if|whether|unless|rul(?:e|es|ed|ing) out|exclud(?:es|ed|e)|eliminat(?:es|ed|e|ing)"
+    r"|reject(?:s|ed|ing)?|"
     r"discard(?:s|ed|ing)?|avoid|(?:some|someone|others|people|many|friend|students?|naively)\s*(?:might|may|would|"
-    r"could|will|can)?\s*(?:say|says|said|think|thinks|thought|claim|claims|guess|guessed|believe|answer|answered|get|gets|got)|"
+    r"could|will|can)?\s*(?:say|says|said|think|thinks|thought|claim|claims|guess|guessed|believe|answer|answered"
+    r"|get|gets|got)|"
     r"naive answer|tempting answer|common mistake)|\\neq?\b|≠|!=)"
     rf"[\s$:*\\(\[,=\"“'‘]*(?:{_FILLER}\b[\s$:*\\(\[,=\"“'‘]*){{0,6}}$",
     re.I,
 )
 _RETRACTED = re.compile(
-    r"^[\s$\\)\]*.]*\?|\bno\s*[,:;.!]|\b(?:wait|actually|oops|hmm+|scratch that|on second thought|(?:i|we) was wrong|my mistake|"
-    r"i made (?:a|an) (?:mistake|error)|correction|disregard|retract|let me (?:re|double|correct|fix|try)|should (?:instead )?be|"
-    r"should have been|(?:is|was|are|seems?|looks?|would be|must be|were) (?:also )?(?:not (?:correct|right|the|valid|possible|an? )|wrong|"
-    r"incorrect|false|invalid|a mistake|impossible|too (?:large|small|big|high|low|many|few|long|short)|an? (?:lower|upper) bound|"
+    r"^[\s$\\)\]*.]*\?|\bno\s*[,:;.!]|\b(?:wait|actually|oops|hmm+|scratch that|on second thought|(?:i"
+    r"|we) was wrong|my mistake|"
+    r"i made (?:a|an) (?:mistake|error)|correction|disregard|retract|let me (?:re|double|correct|fix|try)"
+    r"|should (?:instead )?be|"
+    r"should have been|(?:is|was|are|seems?|looks?|would be|must be|were) (?:also )?(?:not (?:correct|right|the"
+    r"|valid|possible|an? )|wrong|"
+    r"incorrect|false|invalid|a mistake|impossible|too (?:large|small|big|high|low|many|few|long|short)"
+    r"|an? (?:lower|upper) bound|"
     r"off by|ruled out|excluded|only an? )|isn['’]?t (?:correct|right|the|valid|possible)|can(?:no|['’])t be|"
-    r"(?:this|that|it)(?: is|['’]s) not|not the (?:final |right |correct )?answer|does(?: not|n['’]t)|do(?: not|n['’]t) (?:think|believe|trust)|"
+    r"(?:this|that|it)(?: is|['’]s) not|not the (?:final |right |correct )?answer|does(?: not|n['’]t)|do(?: not"
+    r"|n['’]t) (?:think|believe|trust)|"
     r"(?:fails?|failed) (?:the|this|to|check)|contradict|"
-    r"(?:but|yet|however|though|although) (?:that|this|it|i|my|we|the (?:truth|correct|real|actual|true|final|right|answer))\b|"
+    r"(?:but|yet|however|though|although) (?:that|this|it|i|my|we|the (?:truth|correct|real|actual|true|final|right"
+    r"|answer))\b|"
     r"(?:real|actual|true|correct|final|right) (?:answer|value|result)(?: is|:)|"
-    r"(?:or(?! (?:about|approximately|roughly|equivalently|simply|around|in other|just|\$?\\approx|≈))|alternatively|otherwise|maybe|perhaps|possibly|also|leaving|except)\b[^.\n]{0,20}\d|"
-    r"(?:also|another|other|second|equally)\b[^.\n]{0,24}\b(?:possible|answers?|solutions?|values?|possibilit|valid|works)|"
+    r"(?:or(?! (?:about|approximately|roughly|equivalently|simply|around|in other|just|\$?\\approx|≈))"
+    r"|alternatively|otherwise|maybe|perhaps|possibly|also|leaving|except)\b[^.\n]{0,20}\d|"
+    r"(?:also|another|other|second|equally)\b[^.\n]{0,24}\b(?:possible|answers?|solutions?|values?|possibilit|valid"
+    r"|works)|"
     r"changed? my mind|ignore (?:this|that|the)|sorry|just kidding|not really)",
     re.I,
 )
 _RESTATED = re.compile(
-    r"\b(?:answer|result|value|total|sum|it|that|this)(?:['’]s|\s*(?:\bis\b|\bequals?\b|:|=))[\s*:]*(?P<value>[^\n]{1,80})", re.I
+    r"\b(?:answer|result|value|total|sum|it|that|this)(?:['’]s|\s*(?:\bis\b|\bequals?\b|:"
+    r"|=))[\s*:]*(?P<value>[^\n]{1,80})",
+    re.I,
 )
 _STATED_NUMBER = re.compile(
     r"(?:is |equals |just |exactly |about |therefore )*[$\\(\[*\s]*"
@@ -59,16 +76,29 @@ _STATED_NUMBER = re.compile(
 )
 # Right in front of the box: an operator, a relation that is no equation, a digit, the opening brace of a command.
 _OPERATOR_BEFORE = re.compile(
-    r"(?:[+/^_<>!]|(?<!\*)\*(?!\*)|\\(?:cdot|times|div|pm|mp|le|leq|leqslant|ge|geq|geqslant|lt|gt|sqrt|frac|dfrac|tfrac|neg|lnot|not|notin|cup|cap|"
+    r"(?:[+/^_<>!]|(?<!\*)\*(?!\*)|\\(?:cdot|times|div|pm|mp|le|leq|leqslant|ge|geq|geqslant|lt|gt|sqrt|frac|dfrac"
+    r"|tfrac|neg|lnot|not|notin|cup|cap|"
     r"setminus|ll|gg|sim|equiv|mid)|\d|(?:^|[$=(\[{,]|\d)\s*-)\s*[$({]*\s*$|-$|\}\s*\{$"
 )
-_BRACE_BEFORE = re.compile(r"(?:\\([a-zA-Z]+)|([\^_]))\s*(?:\[[^\]]*\])?\s*\{\s*(?:\\(?:displaystyle|bf|large|Large)\s*)?$")
-_DRESS = frozenset("text textbf mathbf mathrm bf large Large huge Huge underline fbox colorbox color textcolor displaystyle emph boldsymbol bm".split())
+_BRACE_BEFORE = re.compile(
+    r"(?:\\([a-zA-Z]+)|([\^_]))\s*(?:\[[^\]]*\])?\s*\{\s*(?:\\(?:displaystyle|bf|large|Large)\s*)?$"
+)
+_DRESS = frozenset(
+    (
+        "text textbf mathbf mathrm bf large Large huge Huge underline fbox colorbox color textcolor "
+        "displaystyle emph boldsymbol bm"
+    ).split()
+)
 _MAY_FOLLOW = frozenset(
-    "text textbf mathrm mbox quad qquad hspace vspace end blacksquare square qed Box tag hfill boxed checkmark par newline tfrac "
+    "text textbf mathrm mbox quad qquad hspace vspace end blacksquare square qed Box tag hfill boxed checkmark"
+    " par newline tfrac "
     "implies Rightarrow because therefore label nonumber left right big Big bigl bigr \\".split()
 )
-_SCALES = re.compile(r"(?:\\text\w*\{|\\mathrm\{|\\mbox\{)?\s*(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed|factorial|mod|base)\b", re.I)
+_SCALES = re.compile(
+    r"(?:\\text\w*\{|\\mathrm\{|\\mbox\{)?\s*(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed"
+    r"|factorial|mod|base)\b",
+    re.I,
+)
 
 
 def spoken_against(part: str, start: int, end: int, value: str, last: bool) -> str | None:
@@ -85,7 +115,9 @@ def spoken_against(part: str, start: int, end: int, value: str, last: bool) -> s
     brace = _BRACE_BEFORE.search(before)
     if brace and (brace[1] or "^") not in _DRESS:
         return "the box is an argument of something larger"
-    if _OPERATOR_BEFORE.search(line) and not re.fullmatch(r"\s*(?:[-*+>|](?=\s)|\d+[.)])[\s>*|]*\$*\s*", line):  # a list item, a quote
+    if _OPERATOR_BEFORE.search(line) and not re.fullmatch(
+        r"\s*(?:[-*+>|](?=\s)|\d+[.)])[\s>*|]*\$*\s*", line
+    ):  # a list item, a quote
         return "the box is part of a larger expression"
     if _goes_on(after, value):
         return "the expression goes on behind the box"
@@ -98,7 +130,9 @@ def _goes_on(after: str, value: str) -> bool:
     text = after.lstrip(" \t")
     if text.startswith("^"):
         return re.match(r"\^\s*\{?\s*(?:\\circ|\\degree|°)", text) is None
-    if re.match(r"[-+*/×÷±<>=≠≤≥|&_{!%\\]", text) is None or re.match(r"!(?:\s|$)|\*\*|\||-\s*[A-Za-z]|--|>\s|<[/a-zA-Z]", text):
+    if re.match(r"[-+*/×÷±<>=≠≤≥|&_{!%\\]", text) is None or re.match(
+        r"!(?:\s|$)|\*\*|\||-\s*[A-Za-z]|--|>\s|<[/a-zA-Z]", text
+    ):
         return _SCALES.match(text) is not None
     if re.match(r"\\?%", text):
         return re.match(r"\\?%\s*[\d({]", text) is not None

@@ -10,7 +10,7 @@ from rewards.math import verify as checker
 from rewards.math.normal import Unreadable, key, measured, normalise, strip_delimiters
 from rewards.math.numeric import differ, value
 from rewards.math.rational import rational
-from rewards.math.shape import based, choice, container, guard, split_top, symbols, values_of_chain, words
+from rewards.math.shape import based, choice, container, guard, symbols, values_of_chain, words
 
 MAX_TEXT_CHARACTERS = 200_000
 
@@ -157,7 +157,9 @@ def _chain(gold: str, values: list[str], tolerance: float | None) -> tuple[bool,
 
 _RELATION = re.compile(r"[=<>]|\\(?:le|ge|ne|approx|in)(?![a-zA-Z])")
 _COMPOUND = re.compile(r"\\(?:cup|cap|setminus|begin|le|ge|ne)(?![a-zA-Z])|[<>]")
-_NO_CONTAINER = re.compile(r"\\pm|\\mp|\\cup|\\cap|\\setminus|\\begin|\\in(?![a-zA-Z])|\\le|\\ge|\\ne|[<>=:|]|\\text|\\ldots")
+_NO_CONTAINER = re.compile(
+    r"\\pm|\\mp|\\cup|\\cap|\\setminus|\\begin|\\in(?![a-zA-Z])|\\le|\\ge|\\ne|[<>=:|]|\\text|\\ldots"
+)
 
 
 def _parts(one: str, other: str, tolerance: float | None) -> tuple[bool | None, str]:
@@ -175,13 +177,13 @@ def _parts(one: str, other: str, tolerance: float | None) -> tuple[bool | None, 
     if all(p is not None for p in ours + theirs):
         if not ordered:
             ours, theirs = sorted(ours), sorted(theirs)
-        same = all(_same_number(a, False, b, False, tolerance) for a, b in zip(ours, theirs))
+        same = all(_same_number(a, False, b, False, tolerance) for a, b in zip(ours, theirs, strict=True))
         return same, "exact rational, part by part"
     if tolerance is not None:
         return None, ""
     ours, theirs = ([_value(p) for p in c.parts] for c in (gold, prediction))
     if ordered or len(ours) == 1:
-        apart = any(differ(a, b) for a, b in zip(ours, theirs))
+        apart = any(differ(a, b) for a, b in zip(ours, theirs, strict=True))
     else:
         apart = all(v is not None for v in theirs) and any(
             a is not None and all(differ(a, b) for b in theirs) for a in ours

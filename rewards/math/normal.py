@@ -16,22 +16,87 @@ class Unreadable(ValueError):
 
 
 _PLAIN = {
-    "−": "-", "–": "-", "‐": "-", "‑": "-", "﹣": "-", "－": "-", "＋": "+", "×": "\\times ", "✕": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ",
-    "∙": "\\cdot ", "÷": "\\div ", "∕": "/", "⁄": "/", "√": "\\sqrt ", "π": "\\pi ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ",
-    "λ": "\\lambda ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "⩽": "\\le ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "±": "\\pm ",
-    "°": "^\\circ ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset ", "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}",
-    "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "，": ",", "．": ".", "％": "%", "（": "(", "）": ")", "［": "[", "］": "]",
-    "＝": "=", "／": "/", "＾": "^", "’": "'", "′": "'", "“": '"', "”": '"', "ℝ": "\\mathbb{R}", "€": "\\$", "£": "\\$", "￥": "\\$", "¥": "\\$",
-    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u3000": " ", "\u2002": " ", "\u2003": " ",
+    "−": "-",
+    "–": "-",
+    "‐": "-",
+    "‑": "-",
+    "﹣": "-",
+    "－": "-",
+    "＋": "+",
+    "×": "\\times ",
+    "✕": "\\times ",
+    "·": "\\cdot ",
+    "⋅": "\\cdot ",
+    "∙": "\\cdot ",
+    "÷": "\\div ",
+    "∕": "/",
+    "⁄": "/",
+    "√": "\\sqrt ",
+    "π": "\\pi ",
+    "θ": "\\theta ",
+    "α": "\\alpha ",
+    "β": "\\beta ",
+    "λ": "\\lambda ",
+    "∞": "\\infty ",
+    "≤": "\\le ",
+    "≥": "\\ge ",
+    "⩽": "\\le ",
+    "⩾": "\\ge ",
+    "≠": "\\ne ",
+    "≈": "\\approx ",
+    "±": "\\pm ",
+    "°": "^\\circ ",
+    "∪": "\\cup ",
+    "∩": "\\cap ",
+    "∈": "\\in ",
+    "∅": "\\emptyset ",
+    "½": "\\frac{1}{2}",
+    "⅓": "\\frac{1}{3}",
+    "⅔": "\\frac{2}{3}",
+    "¼": "\\frac{1}{4}",
+    "¾": "\\frac{3}{4}",
+    "，": ",",
+    "．": ".",
+    "％": "%",
+    "（": "(",
+    "）": ")",
+    "［": "[",
+    "］": "]",
+    "＝": "=",
+    "／": "/",
+    "＾": "^",
+    "’": "'",
+    "′": "'",
+    "“": '"',
+    "”": '"',
+    "ℝ": "\\mathbb{R}",
+    "€": "\\$",
+    "£": "\\$",
+    "￥": "\\$",
+    "¥": "\\$",
+    "\u00a0": " ",
+    "\u2009": " ",
+    "\u202f": " ",
+    "\u3000": " ",
+    "\u2002": " ",
+    "\u2003": " ",
 }
 _PLAIN |= {chr(0xFF10 + d): str(d) for d in range(10)}  # full-width digits
 _PLAIN |= {chr(0xFF21 + i): chr(65 + i) for i in range(26)} | {chr(0xFF41 + i): chr(97 + i) for i in range(26)}
 _TABLE = str.maketrans(_PLAIN)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
-_SPACING = re.compile(r"(?<!\\)\\(?:,|!|;|:|>|\s)|~|\\(?:quad|qquad|thinspace|enspace|hspace\{[^{}]*\}|hfill|displaystyle|textstyle|limits)(?![a-zA-Z])")
-_SIZING = re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|Biggl?|Biggr)(?![a-zA-Z])\s*\.?(?=[\s()\[\]{}|\\<>/]|$)")
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|textsf|textsc|emph|mbox|hbox|mathrm|mathbf|mathit|mathsf|operatorname\*?|boldsymbol|rm|bf)\s*\{([^{}]*)\}")
+_SPACING = re.compile(
+    r"(?<!\\)\\(?:,|!|;|:|>|\s)|~|\\(?:quad|qquad|thinspace|enspace|hspace\{[^{}]*\}|hfill|displaystyle|textstyle"
+    r"|limits)(?![a-zA-Z])"
+)
+_SIZING = re.compile(
+    r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|Biggl?|Biggr)(?![a-zA-Z])\s*\.?(?=[\s()\[\]{}|\\<>/]|$)"
+)
+_WRAPPER = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textnormal|textsf|textsc|emph|mbox|hbox|mathrm|mathbf|mathit|mathsf"
+    r"|operatorname\*?|boldsymbol|rm|bf)\s*\{([^{}]*)\}"
+)
 _FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _FRAC_DIGITS = re.compile(r"\\frac\s*([0-9])\s*([0-9])")
 _FRAC_FIRST = re.compile(r"\\frac\s*([0-9a-zA-Z])\s*(?=\{)")
@@ -40,7 +105,11 @@ _SQRT_BARE = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
 _THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:(?:,|\{,\})\d{3})+)(?!\d|,\d|\{,\})")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d ]*\d)")
 _BRACED_CHARACTER = re.compile(r"([\^_])\{([0-9a-zA-Z])\}")
-_FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lg gcd lcm min max det mod deg dim ker".split())
+_FUNCTIONS = frozenset(
+    (
+        "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lg gcd lcm min max det mod deg dim ker"
+    ).split()
+)
 _MATH_TEXT = re.compile(r"[-+]?[\d.,/^]+%?|[a-zA-Z]|\([A-Za-z]\)")
 
 
@@ -59,7 +128,10 @@ def visible(text: str) -> str:
             raise Unreadable(f"an invisible or combining character U+{ord(character):04X}")
         if category in ("Nd", "Nl", "No") or unicodedata.normalize("NFKC", character)[:1].isdigit():
             raise Unreadable(f"a digit of another script, {character!r} (U+{ord(character):04X})")
-        if unicodedata.normalize("NFKD", character)[:1].isascii() and unicodedata.normalize("NFKD", character).isalnum():
+        if (
+            unicodedata.normalize("NFKD", character)[:1].isascii()
+            and unicodedata.normalize("NFKD", character).isalnum()
+        ):
             raise Unreadable(f"a letter in disguise, {character!r} (U+{ord(character):04X})")
     return text
 
@@ -96,6 +168,14 @@ def normalise(text: str) -> str:
     """
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"{len(text)} characters; at most {MAX_CHARACTERS} are read")
+    for _ in range(5):  # what one rule leaves may be read by another; a second pass usually changes nothing
+        before, text = text, _respell(text)
+        if text == before:
+            return text
+    raise Unreadable("a spelling that every reading changes")
+
+
+def _respell(text: str) -> str:
     text = strip_delimiters(visible(text))
     _bound_depth(text)
     text = re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", text) if "\\boxed" in text else text
@@ -164,21 +244,56 @@ class Measured:
 
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _PHYSICAL = {
-    "mm": "mm millimeter millimetre", "cm": "cm centimeter centimetre", "m": "m meter metre", "km": "km kilometer kilometre",
-    "in": "in inch inche", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile", "g": "g gram", "kg": "kg kilogram", "mg": "mg milligram",
-    "lb": "lb pound", "oz": "oz ounce", "s": "s sec second", "min": "min minute", "h": "h hr hour", "day": "day", "week": "week wk",
-    "month": "month", "year": "year yr", "ml": "ml milliliter", "l": "l liter litre", "gal": "gallon gal", "mph": "mph", "kph": "kph",
-    "deg": "degree deg", "rad": "radian rad", "dollar": "dollar buck usd", "cent": "cent", "euro": "euro", "unit": "unit",
+    "mm": "mm millimeter millimetre",
+    "cm": "cm centimeter centimetre",
+    "m": "m meter metre",
+    "km": "km kilometer kilometre",
+    "in": "in inch inche",
+    "ft": "ft foot feet",
+    "yd": "yd yard",
+    "mi": "mi mile",
+    "g": "g gram",
+    "kg": "kg kilogram",
+    "mg": "mg milligram",
+    "lb": "lb pound",
+    "oz": "oz ounce",
+    "s": "s sec second",
+    "min": "min minute",
+    "h": "h hr hour",
+    "day": "day",
+    "week": "week wk",
+    "month": "month",
+    "year": "year yr",
+    "ml": "ml milliliter",
+    "l": "l liter litre",
+    "gal": "gallon gal",
+    "mph": "mph",
+    "kph": "kph",
+    "deg": "degree deg",
+    "rad": "radian rad",
+    "dollar": "dollar buck usd",
+    "cent": "cent",
+    "euro": "euro",
+    "unit": "unit",
 }
 _UNIT_OF = {name: unit for unit, names in _PHYSICAL.items() for name in names.split()}
-_NOUNS = frozenset("people men women children feet units unit way sq square cubic per more points each total person student apple".split())
+_NOUNS = frozenset(
+    (
+        "people men women children feet units unit way sq square cubic per more points each total person student apple"
+    ).split()
+)
 # Plural words that change a number instead of counting something.
 _NO_NOUNS = frozenset(
-    "hundreds thousands millions billions dozens halves thirds fourths quarters fifths sixths sevenths eighths ninths tenths twelfths "
-    "times minus plus less is was his this thus has does yes guess wrongs unless perhaps always sometimes plusminus percents scores "
+    "hundreds thousands millions billions dozens halves thirds fourths quarters fifths sixths sevenths eighths"
+    " ninths tenths twelfths "
+    "times minus plus less is was his this thus has does yes guess wrongs unless perhaps always sometimes"
+    " plusminus percents scores "
     "pairs cos sins logs decimals digits places squares cubes powers mods bases roots tenth".split()
 )
-_TAIL = re.compile(r"^(?P<value>.*?[\d)}%!.])\s*(?:\\text\{(?P<text>[^{}]*)\}|(?P<words>[a-zA-Z][a-zA-Z. ]+))(?:\^(?P<power>[23]))?$", re.S)
+_TAIL = re.compile(
+    r"^(?P<value>.*?[\d)}%!.])\s*(?:\\text\{(?P<text>[^{}]*)\}|(?P<words>[a-zA-Z][a-zA-Z. ]+))(?:\^(?P<power>[23]))?$",
+    re.S,
+)
 _MATH_END = re.compile(r"\\[a-zA-Z]+\{[^{}]*$")
 
 
@@ -198,7 +313,9 @@ def measured(text: str, any_unit: bool = False) -> Measured:
         if words and words[0] in _SCALES:
             scale, words = _SCALES[words[0]], words[1:]
         in_text = match["text"] is not None
-        if all(_is_unit(word, in_text) for word in words) or (any_unit and in_text and "and" not in words and "or" not in words):
+        if all(_is_unit(word, in_text) for word in words) or (
+            any_unit and in_text and "and" not in words and "or" not in words
+        ):
             unit = _unit(words, match["power"]) or unit
             text = match["value"].strip()
         else:

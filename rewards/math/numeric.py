@@ -16,14 +16,29 @@ from rewards.math.normal import MAX_DEPTH
 
 MAX_TOKENS = 400
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<word>\\[a-zA-Z]+)|(?P<letter>[a-zA-Z](?:_(?:\{[^{}]{1,12}\}|\w))?'*)|(?P<sign>[-+*/^(){}\[\]|!]))"
+    r"\s*(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<word>\\[a-zA-Z]+)|(?P<letter>[a-zA-Z](?:_(?:\{[^{}]{1,12}\}"
+    r"|\w))?'*)|(?P<sign>[-+*/^(){}\[\]|!]))"
 )
 _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
-    "\\sin": cmath.sin, "\\cos": cmath.cos, "\\tan": cmath.tan, "\\cot": lambda z: 1 / cmath.tan(z), "\\sec": lambda z: 1 / cmath.cos(z),
-    "\\csc": lambda z: 1 / cmath.sin(z), "\\arcsin": cmath.asin, "\\arccos": cmath.acos, "\\arctan": cmath.atan, "\\ln": cmath.log,
-    "\\log": cmath.log, "\\exp": cmath.exp, "\\sinh": cmath.sinh, "\\cosh": cmath.cosh, "\\tanh": cmath.tanh,
-}  # fmt: skip
-_GREEK = frozenset("\\" + name for name in "alpha beta gamma delta theta lambda mu rho sigma tau phi varphi omega".split())
+    "\\sin": cmath.sin,
+    "\\cos": cmath.cos,
+    "\\tan": cmath.tan,
+    "\\cot": lambda z: 1 / cmath.tan(z),
+    "\\sec": lambda z: 1 / cmath.cos(z),
+    "\\csc": lambda z: 1 / cmath.sin(z),
+    "\\arcsin": cmath.asin,
+    "\\arccos": cmath.acos,
+    "\\arctan": cmath.atan,
+    "\\sinh": cmath.sinh,
+    "\\cosh": cmath.cosh,
+    "\\tanh": cmath.tanh,
+    "\\ln": cmath.log,
+    "\\log": cmath.log,
+    "\\exp": cmath.exp,
+}
+_GREEK = frozenset(
+    "\\" + name for name in "alpha beta gamma delta theta lambda mu rho sigma tau phi varphi omega".split()
+)
 _CLOSERS = {"(": ")", "{": "}", "[": "]"}
 
 
@@ -33,7 +48,7 @@ class _Unknown(Exception):
 
 @lru_cache(maxsize=8192)
 def value(text: str) -> complex | None:
-    """The value of a canonical formula with every variable at its fixed point; None when it is not read or not finite."""
+    """The value of a canonical formula with every variable at its fixed point; None when not read or not finite."""
     tokens: list[tuple[str, str]] = []
     position, end = 0, len(text.rstrip())
     while position < end:
@@ -107,7 +122,11 @@ class _Reader:
 
     def begins_factor(self) -> bool:
         token = self.peek()
-        return self.kind() in ("number", "letter", "word") and token not in ("\\cdot", "\\times", "\\div") or token in ("(", "{")
+        return (
+            self.kind() in ("number", "letter", "word")
+            and token not in ("\\cdot", "\\times", "\\div")
+            or token in ("(", "{")
+        )
 
     def signed(self, depth: int) -> complex:
         if self.peek() in ("+", "-"):

@@ -22,8 +22,8 @@ def math_reward(
     r"""1 when the completion's one final value equals `answer`, 0 otherwise.
 
     The value is looked for strictly, as R1-Zero's rules do (arXiv 2501.12948): behind the last `</think>`, inside
-    `<answer>` when the template has it, in the last balanced `\boxed{}` (see rewards.math.boxes); it must have the shape
-    of the gold answer (rewards.math.shape) and equal it exactly, or within `tolerance` (relative) when given. Verdicts:
+    `<answer>` when the template has it, in the last balanced `\boxed{}` (see rewards.math.boxes); it must have the
+    shape of the gold answer (rewards.math.shape) and equal it exactly, or within `tolerance` (relative). Verdicts:
     `unparsed` when no such value is stated or it is refused unread, `timeout` when two seconds do not decide. Raises
     ValueError for an empty or unreadable gold answer, rewards.math.VerifierError when the checker cannot run: those are
     errors of ours, never a reward.
@@ -46,7 +46,9 @@ def explain(
     try:
         gold = normalise(gold_text)
     except Unreadable as refused:
-        raise ValueError(f"the gold answer {gold_text[:80]!r} cannot be read ({refused}); fix the data set") from refused
+        raise ValueError(
+            f"the gold answer {gold_text[:80]!r} cannot be read ({refused}); fix the data set"
+        ) from refused
     if not gold:
         raise ValueError("the gold answer is empty; fix the data set or drop the row")
     steps["gold"] = gold

@@ -1,4 +1,6 @@
-"""What kind of thing an answer is: its container, its parts, its symbols; and whether a prediction has the gold's shape."""
+"""What kind of thing an answer is: its container, its parts, its symbols; and whether a prediction has the gold's
+shape.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,30 @@ from rewards.math.rational import rational
 
 _CHOICE = re.compile(r"\(?([A-J])\)?[.):]?")
 _BASE = re.compile(r"([0-9A-F]+)_(?:\{?(\d{1,2})\}?|\{?\\text\{(\w+)\}\}?)")
-_BASE_NAMES = {n: i for i, n in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)} | {"sixteen": 16}
-_RELATION = re.compile(r"\\(?:le|ge|ne|approx|equiv|in|notin|to|rightarrow|Rightarrow|implies|iff|subset|subseteq|sim|cong|propto|mid|parallel|perp)(?![a-zA-Z])|[=<>]")
+_BASE_NAMES = {n: i for i, n in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)} | {
+    "sixteen": 16
+}
+_RELATION = re.compile(
+    r"\\(?:le|ge|ne|approx|equiv|in|notin|to|rightarrow|Rightarrow|implies|iff|subset|subseteq|sim|cong|propto|mid"
+    r"|parallel|perp)(?![a-zA-Z])|[=<>]"
+)
 _ORDER = re.compile(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>]")
 _WORDS = re.compile(r"\\text\{[^{}]*\}|(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _KNOWN_WORDS = frozenset("sin cos tan cot sec csc log ln exp pi sqrt frac i e".split())
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _AND = re.compile(r",?\s*\\text\{\s*(?:and|or|,|;)\s*\}\s*|,?\s+(?:and|or)\s+|(?<=[\d)}])(?:and|or)(?=[\d(\\-])")
-_GREEK = "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi chi psi omega Delta Omega Gamma Phi".split()
-_NAMING = "angle triangle measuredangle overline overrightarrow vec hat widehat bar mathbf mathbb mathcal ell deg arg Re Im det gcd dim".split()
+_GREEK = (
+    "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi chi psi omega Delta Omega Gamma Phi"
+).split()
+_NAMING = (
+    "angle triangle measuredangle overline overrightarrow vec hat widehat bar mathbf mathbb mathcal ell deg arg Re Im "
+    "det gcd dim"
+).split()
+_NAME_COMMANDS = "|".join(_GREEK + _NAMING)
 _NO_NAME = r"not|no|isn|wrong|than|least|most|less|more|bound|except|if|or|and"
 _NAME = (
-    rf"(?:\\text\{{(?!(?:[\w ]* )?(?:{_NO_NAME})\b)[\w ]+\}}|\\(?:{'|'.join(_GREEK + _NAMING)})(?![a-zA-Z])(?:\{{[a-zA-Z]+\}})?|[a-zA-Z])"
+    rf"(?:\\text\{{(?!(?:[\w ]* )?(?:{_NO_NAME})\b)[\w ]+\}}|\\(?:{_NAME_COMMANDS})"
+    rf"(?![a-zA-Z])(?:\{{[a-zA-Z]+\}})?|[a-zA-Z])"
     r"(?:_(?:\{[^{}]*\}|\w))?'*(?:\([^()=]{1,20}\))?"
 )
 # What `... = value` may have on its left: names and products or sums of names, |AB|, (x,y), a fraction of letters.
@@ -122,7 +136,8 @@ def based(text: str) -> tuple[str, int] | None:
 
 
 def values_of_chain(text: str) -> list[str] | None:
-    r"""The exact values of `x = a = b \approx c`, without the name and what is behind `\approx`; None when it is no chain.
+    r"""The exact values of `x = a = b \approx c`, without the name and what is behind `\approx`; None when it is no
+    chain.
 
     A left side counts as a name when it is made of letters alone (`x`, `f(2)`, `AB`, `a+b`), so `17 = 42` has two
     values and `2x = 84` is not a chain at all.
@@ -146,7 +161,12 @@ def values_of_chain(text: str) -> list[str] | None:
 def symbols(text: str) -> frozenset[str]:
     """Letters and Greek letters that stand for variables; `e`, `i` and `\\pi` are numbers."""
     bare = re.sub(r"\\text\{[^{}]*\}", " ", text)
-    found = set(re.findall(r"[a-zA-Z]", _COMMAND.sub(" ", re.sub(r"(?<![\\a-zA-Z])(?:sin|cos|tan|log|ln|exp|sqrt|pi)(?![a-zA-Z])", " ", bare))))
+    found = set(
+        re.findall(
+            r"[a-zA-Z]",
+            _COMMAND.sub(" ", re.sub(r"(?<![\\a-zA-Z])(?:sin|cos|tan|log|ln|exp|sqrt|pi)(?![a-zA-Z])", " ", bare)),
+        )
+    )
     found |= {c[1:] for c in _COMMAND.findall(bare) if c[1:] in _SYMBOL_COMMANDS}
     return frozenset(found - {"e", "i"})
 
@@ -157,7 +177,9 @@ def words(text: str) -> list[str]:
 
 
 _LEFT_TO_DO = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|limsup|liminf|bigcup|bigcap)(?![a-zA-Z])")
-_TOWER = re.compile(r"\d\s*[)}\]]*\^\s*\{?\(*-?\d+[)}]*\s*\^|\^\{[^{}]*\d\s*\^|\^[^a-zA-Z]{0,40}\^\{?\d|[)}\]]\s*\^\s*\{?\d{3,}")
+_TOWER = re.compile(
+    r"\d\s*[)}\]]*\^\s*\{?\(*-?\d+[)}]*\s*\^|\^\{[^{}]*\d\s*\^|\^[^a-zA-Z]{0,40}\^\{?\d|[)}\]]\s*\^\s*\{?\d{3,}"
+)
 _NESTED_FACTORIAL = re.compile(r"!\s*[)}\]]*\s*!|\^\{?\(*\d+!|![^a-zA-Z]{0,10}\^")
 
 
@@ -185,7 +207,7 @@ def guard(text: str, gold: str) -> None:
 
 
 def _rounds(text: str) -> bool:
-    """Whether what stands behind each `\\approx` is within 1 % of what stands before it, as far as both are rational."""
+    """Whether what stands behind each `\\approx` is within 1 % of what stands before it, where both are rational."""
     values = [rational(side) for side in re.split(r"=|\\approx(?![a-zA-Z])", text)]
     known = [value for value in values if value is not None]
     return all(abs(value - known[0]) * 100 <= abs(known[0]) for value in known)
@@ -223,7 +245,11 @@ def mismatch(gold: str, prediction: str, inexact: bool = False) -> str | None:
             if not _rounds(value):
                 return "an approximation of something else"
             return next((why for side in chains[0] if (why := mismatch(gold, side, inexact)) is not None), None)
-        elif len(pieces) > 1 and len(pieces) == len(gold_parts.parts) and all(c is not None and len(c) == 1 for c in chains):
+        elif (
+            len(pieces) > 1
+            and len(pieces) == len(gold_parts.parts)
+            and all(c is not None and len(c) == 1 for c in chains)
+        ):
             value = ",".join(chain[0] for chain in chains if chain)
         else:
             return "a relation where a value is asked for"
@@ -231,7 +257,9 @@ def mismatch(gold: str, prediction: str, inexact: bool = False) -> str | None:
         return None
     if rational(value) is not None and not gold_relates and not _foreign(gold_value, value, gold_relates, inexact):
         return None if len(gold_parts.parts) < 2 or "\\pm" in gold_value else "one value where more are asked for"
-    return _foreign(gold_value, value, gold_relates, inexact) or (None if gold_relates else _other_container(gold_value, value))
+    return _foreign(gold_value, value, gold_relates, inexact) or (
+        None if gold_relates else _other_container(gold_value, value)
+    )
 
 
 def _other_container(gold: str, value: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Math-Verify in a process that can be killed, with its own timeouts off, and a second look at everything it accepts."""
+"""Math-Verify in a process that can be killed, its own timeouts off, and a second look at what it accepts."""
 
 from __future__ import annotations
 
@@ -153,7 +153,6 @@ def make_handler() -> Any:
 def _math_verify() -> tuple[Any, Any, Any]:
     import math_verify
     import math_verify.parser
-    import sympy
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     logging.getLogger("latex2sympy2_extended").setLevel(logging.ERROR)

@@ -15,7 +15,7 @@ DECEITS: dict[str, list[tuple[str, str]]] = {
         (r"\boxed{42} \boxed{17}", "42"),
         (r"Either \boxed{41} or \boxed{42} or \boxed{43}.", "42"),
         (r"\boxed{42}, \boxed{42}, \boxed{41}", "42"),
-        (" ".join(r"\boxed{%d}" % i for i in range(100)), "42"),
+        (" ".join(rf"\boxed{{{i}}}" for i in range(100)), "42"),
         (r"\boxed{\boxed{17} \boxed{42}}", "42"),
         (r"\boxed{17 \boxed{42}}", "42"),
         (r"\boxed{42 \boxed{17}}", "42"),

@@ -27,8 +27,29 @@ def test_wrong_answers(answer):
 
 @pytest.mark.parametrize(
     "answer",
-    ["(1+2)*8 = 24", "", "8*(1+2", "8**2", "2^3", "__import__('os')", "(1+2)8", "8/(1-1)", "1e3", "8.0*3", "٨*3", "()", "1 2",
-     "9" * 19, "(" * 5000 + "1" + ")" * 5000, "-" * 500 + "1", "1+" * 5000 + "1", "8//3", "8%3", "+8", "\\frac{1}{2}"],
+    [
+        "(1+2)*8 = 24",
+        "",
+        "8*(1+2",
+        "8**2",
+        "2^3",
+        "__import__('os')",
+        "(1+2)8",
+        "8/(1-1)",
+        "1e3",
+        "8.0*3",
+        "٨*3",
+        "()",
+        "1 2",
+        "9" * 19,
+        "(" * 5000 + "1" + ")" * 5000,
+        "-" * 500 + "1",
+        "1+" * 5000 + "1",
+        "8//3",
+        "8%3",
+        "+8",
+        "\\frac{1}{2}",
+    ],
 )
 def test_what_is_no_expression_is_unparsed(answer):
     assert countdown_reward(said(answer), [1, 2, 8], 24).verdict == "unparsed"
@@ -70,7 +91,7 @@ _expressions = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(_expressions)
 def test_agrees_with_python_arithmetic_on_fractions(text):
     import re
@@ -85,7 +106,7 @@ def test_agrees_with_python_arithmetic_on_fractions(text):
     assert evaluate(text)[0] == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.text(alphabet="0123456789+-*/() ×÷<>answerthink/²٣", max_size=60))
 def test_any_text_gets_a_score(text):
     assert countdown_reward(said(text), [1, 2], 3).verdict in ("correct", "wrong", "unparsed")

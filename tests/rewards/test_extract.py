@@ -11,14 +11,74 @@ from rewards.math import math_reward
 from rewards.math.boxes import find_answer
 
 PIECES = [
-    "<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "{", "42", "17", "x=", ", ", " or ", "$", "\\(", "\\)", "\\[", "\\]", "```", "`", "\n",
-    "<!--", "-->", "%", " % ", "~~", "\\cancel{", "not ", "Wait, ", "The answer is ", "\nUser:", "<|im_end|>", "</s>", "\\text{", "\\frac{", "^", "_", "!", "(", ")",
-    "[", "]", "\\{", "\\}", "\\\\", "\\", "=", "<", ">", "\\pm ", "\u200b", "٤", "²", "．", "-", "/", ".", "?", "e", "\\begin{comment}", "\\end{comment}", "<del>", "&", "|",
-]  # fmt: skip
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "\\boxed{",
+    "}",
+    "{",
+    "42",
+    "17",
+    "x=",
+    ", ",
+    " or ",
+    "$",
+    "\\(",
+    "\\)",
+    "\\[",
+    "\\]",
+    "```",
+    "`",
+    "\n",
+    "<!--",
+    "-->",
+    "%",
+    " % ",
+    "~~",
+    "\\cancel{",
+    "not ",
+    "Wait, ",
+    "The answer is ",
+    "\nUser:",
+    "<|im_end|>",
+    "</s>",
+    "\\text{",
+    "\\frac{",
+    "^",
+    "_",
+    "!",
+    "(",
+    ")",
+    "[",
+    "]",
+    "\\{",
+    "\\}",
+    "\\\\",
+    "\\",
+    "=",
+    "<",
+    ">",
+    "\\pm ",
+    "\u200b",
+    "٤",
+    "²",
+    "．",
+    "-",
+    "/",
+    ".",
+    "?",
+    "e",
+    "\\begin{comment}",
+    "\\end{comment}",
+    "<del>",
+    "&",
+    "|",
+]
 texts = st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(texts)
 def test_any_text_has_an_answer_or_a_reason_within_the_text(text):
     found = find_answer(text)
@@ -27,20 +87,20 @@ def test_any_text_has_an_answer_or_a_reason_within_the_text(text):
         assert found.text in text
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(texts)
 def test_nothing_wrong_is_rewarded(text):
     # 43 is not among the pieces and not a value of any arithmetic on them that fits a box of these lengths by chance
     assert math_reward(text, "43.7").value == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(texts)
 def test_what_follows_the_end_never_matters(text):
     assert find_answer("a</think>\\boxed{17}<|im_end|>" + text).text == "17"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(texts)
 def test_reasoning_never_answers(text):
     inside = text.replace("</think>", "").replace("<|im_end|>", "").replace("</s>", "")

@@ -1,4 +1,4 @@
-"""The judge client against a real HTTP endpoint on this machine: verdicts, retries, cache, costs, errors that are ours."""
+"""The judge client against a real HTTP endpoint on this host: verdicts, retries, cache, costs, errors."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from rewards.runner import RewardRunner
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint with a rule instead of a model; `script` is consumed first: statuses to fail with."""
+    """An OpenAI-compatible endpoint with a rule instead of a model; `script`: statuses to fail with first."""
 
     def __init__(self, rule):
         self.seen, self.script = [], []
@@ -25,7 +25,10 @@ class Endpoint:
                 outer.seen.append((self.path, dict(self.headers), body))
                 status = outer.script.pop(0) if outer.script else 200
                 text = rule(body["messages"][-1]["content"], body)
-                answer = {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 1000, "completion_tokens": 10}}
+                answer = {
+                    "choices": [{"message": {"content": text}}],
+                    "usage": {"prompt_tokens": 1000, "completion_tokens": 10},
+                }
                 data = json.dumps(answer if status == 200 else {"error": "busy"}).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
@@ -53,9 +56,17 @@ def run(coroutine):
 
 
 def test_rubric_points_become_a_value_between_0_and_1(endpoint):
-    score = run(rubric_reward("<think>secret</think>The sky is blue.", "Why?", endpoint.url, "m", prompt_price=2.0, completion_price=10.0))
+    score = run(
+        rubric_reward(
+            "<think>secret</think>The sky is blue.", "Why?", endpoint.url, "m", prompt_price=2.0, completion_price=10.0
+        )
+    )
     assert (score.value, score.verdict) == (0.8, "correct")
-    assert score.metrics == {"judge_prompt_tokens": 1000.0, "judge_completion_tokens": 10.0, "judge_cost": pytest.approx(0.0021)}
+    assert score.metrics == {
+        "judge_prompt_tokens": 1000.0,
+        "judge_completion_tokens": 10.0,
+        "judge_cost": pytest.approx(0.0021),
+    }
     path, _, body = endpoint.seen[0]
     told = body["messages"][0]["content"]
     assert path == "/v1/chat/completions" and "The sky is blue." in told and "secret" not in told
@@ -69,7 +80,11 @@ def test_only_the_last_verdict_of_the_judge_counts_and_points_outside_the_scale_
 
 
 def test_pairwise_averages_both_orders():
-    prefers_long = Endpoint(lambda t, b: "[[A]]" if len(t.split("Answer A:")[1].split("Answer B:")[0]) > len(t.split("Answer B:")[1]) else "[[B]]")
+    prefers_long = Endpoint(
+        lambda t, b: (
+            "[[A]]" if len(t.split("Answer A:")[1].split("Answer B:")[0]) > len(t.split("Answer B:")[1]) else "[[B]]"
+        )
+    )
     biased = Endpoint(lambda t, b: "[[A]]")
     tie = Endpoint(lambda t, b: "[[C]]")
     mine, reference = "a long and careful answer " * 20, "short"

@@ -28,10 +28,20 @@ def url():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", "judge"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        MODEL,
+        "--served-model-name",
+        "judge",
+    ]
     command += ["--port", str(port), "--max-model-len", "1024", "--enforce-eager", "--max-num-seqs", "8"]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    server = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 400
     while True:
         try:
@@ -65,7 +75,11 @@ def test_a_rubric_gives_points_on_the_scale(url):
 
 
 def test_a_comparison_gives_a_share_of_two_orders(url):
-    score = asyncio.run(pairwise_reward("</think>Paris.", "Capital of France?", "Bananas.", url, "judge", max_tokens=200, structured=True))
+    score = asyncio.run(
+        pairwise_reward(
+            "</think>Paris.", "Capital of France?", "Bananas.", url, "judge", max_tokens=200, structured=True
+        )
+    )
     assert score.value in (0.0, 0.25, 0.5, 0.75, 1.0)
 
 

@@ -7,7 +7,7 @@ import pytest
 from rewards.load import RewardError, RewardSpec, load_reward, to_score
 from rewards.score import Score
 
-SOURCE = '''
+SOURCE = """
 import asyncio
 from rewards.score import Score
 
@@ -32,7 +32,7 @@ def short_list(completions):
 
 def nothing(text):
     return 1.0
-'''
+"""
 
 
 @pytest.fixture()

@@ -16,9 +16,15 @@ def save(folder, labels):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, num_labels=labels, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_labels=labels,
+        pad_token_id=0,
+    )
     model = LlamaForSequenceClassification(config).eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -29,7 +35,10 @@ def test_a_group_gets_the_logits_of_each_sequence_alone(tmp_path):
     model, tokenizer = save(tmp_path, labels=1)
     answers = ["because it is so", "blue", "the sky is blue because it is so blue"]
     scores = preference_reward([f"<think>why</think>{a}" for a in answers] + ["<think>why"], "why", str(tmp_path))
-    alone = [model(**tokenizer(f"why\n\n{a}", return_tensors="pt", return_token_type_ids=False)).logits.item() for a in answers]
+    alone = [
+        model(**tokenizer(f"why\n\n{a}", return_tensors="pt", return_token_type_ids=False)).logits.item()
+        for a in answers
+    ]
     assert [s.value for s in scores[:3]] == pytest.approx(alone, abs=1e-5)
     assert scores[3].verdict == "unparsed" and scores[3].value <= min(alone) + 1e-6
 

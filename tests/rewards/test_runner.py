@@ -1,9 +1,8 @@
 """The runner: results keyed and complete, deadlines held from outside, failures never a reward."""
 
 import math
-import os
-import sys
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -98,7 +97,18 @@ def test_deadline_crash_and_exception_get_their_verdicts_and_the_others_their_sc
     with RewardRunner([{"fn": f"{file}:mixed", "timeout": 0.4}], workers=1, memory_bytes=1 << 30) as runner:
         (scores,) = runner.score(texts, {})
     assert verdicts(scores) == [
-        "correct", "timeout", "correct", "error", "timeout", None, "timeout", "correct", "error", "error", "error", "correct"
+        "correct",
+        "timeout",
+        "correct",
+        "error",
+        "timeout",
+        None,
+        "timeout",
+        "correct",
+        "error",
+        "error",
+        "error",
+        "correct",
     ]
     assert all(math.isnan(s.value) for s in scores if s and s.verdict == "error")
     assert all(s.value == 0 for s in scores if s and s.verdict == "timeout")
@@ -215,7 +225,8 @@ def test_workers_end_when_their_caller_is_killed(file):
     code = (
         "import os, signal\nfrom rewards.runner import RewardRunner\n"
         f"r = RewardRunner([{file + ':length'!r}], workers=1)\n"
-        "print(r._seats[0].process.worker_pid, r._seats[0].process._keeper.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+        "print(r._seats[0].process.worker_pid, r._seats[0].process._keeper.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     pids = [int(p) for p in result.stdout.split()]

@@ -20,14 +20,22 @@ def test_verdicts_in_order_with_sum_and_confusion(tmp_path):
     path = write(tmp_path / "in.jsonl", rows)
     seen = []
     summary = score_file(
-        path, [MATH, {"fn": "rewards.format:format_reward", "weight": 0.5}], tmp_path / "out.jsonl", workers=1,
+        path,
+        [MATH, {"fn": "rewards.format:format_reward", "weight": 0.5}],
+        tmp_path / "out.jsonl",
+        workers=1,
         progress=lambda done, total: seen.append((done, total)),
     )
     out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["line"] for line in out] == list(range(1, 71))
     assert [line["reward"] for line in out] == [float(i % 7 == 3) for i in range(70)]
     assert summary.rewards[0].verdicts["correct"] == 10 and summary.rewards[0].verdicts["wrong"] == 60
-    assert summary.rewards[0].confusion == {"right_correct": 10, "right_missed": 1, "wrong_rewarded": 0, "wrong_refused": 59}
+    assert summary.rewards[0].confusion == {
+        "right_correct": 10,
+        "right_missed": 1,
+        "wrong_rewarded": 0,
+        "wrong_refused": 59,
+    }
     assert seen[-1] == (70, 70)
     assert "false positives" in str(summary) and summary.to_json()["completions"] == 70
 
@@ -41,7 +49,9 @@ def test_a_list_of_completions_is_a_group(tmp_path):
 
 
 def test_an_error_is_counted_and_is_no_reward(tmp_path):
-    path = write(tmp_path / "in.jsonl", [{"completion": "\\boxed{1}", "answer": ""}, {"completion": "\\boxed{1}", "answer": "1"}])
+    path = write(
+        tmp_path / "in.jsonl", [{"completion": "\\boxed{1}", "answer": ""}, {"completion": "\\boxed{1}", "answer": "1"}]
+    )
     summary = score_file(path, [MATH], tmp_path / "out.jsonl", workers=1)
     first, second = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert first["reward"] is None and first["scores"][0]["value"] is None and second["reward"] == 1.0
@@ -51,8 +61,12 @@ def test_an_error_is_counted_and_is_no_reward(tmp_path):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("{", "line 1: not JSON"), ('{"text": "x"}', "no column 'completion'"), ('{"completion": 3}', "a text or a list"),
-     ('{"completion": "x", "label": "maybe"}', "label 'maybe'")],
+    [
+        ("{", "line 1: not JSON"),
+        ('{"text": "x"}', "no column 'completion'"),
+        ('{"completion": 3}', "a text or a list"),
+        ('{"completion": "x", "label": "maybe"}', "label 'maybe'"),
+    ],
 )
 def test_a_bad_line_is_named(tmp_path, text, message):
     (tmp_path / "in.jsonl").write_text(text + "\n")

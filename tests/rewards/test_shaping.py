@@ -22,7 +22,8 @@ def test_a_text_belongs_to_its_own_language_only(language, text):
 
 
 def test_code_formulas_and_symbols_are_not_counted():
-    noise = "```python\nwenn = und + nicht\n``` $x_{größe} = \\text{Länge}$ \\(\\alpha\\) `если` α β x y https://пример.рф \\boxed{ответ}"
+    noise = "```python\nwenn = und + nicht\n``` "
+    noise += "$x_{größe} = \\text{Länge}$ \\(\\alpha\\) `если` α β x y https://пример.рф \\boxed{ответ}"
     assert language_share(f"{EN} {noise}", "en")[0] == 1.0
 
 
