@@ -64,6 +64,8 @@ def find_answer(
             return Found(None, f"more than {MAX_BOXES} boxes")
     if not boxes:
         return Found(None, "no \\boxed{} outside code and comments")
+    if any(content not in final.text for _, _, content in boxes):
+        return Found(None, "code or a comment inside a box")
     texts = [_unwrap(content) for _, _, content in boxes]
     if any(_BOX.search(text) for text in texts):
         return Found(None, "a box inside a box")

@@ -197,6 +197,8 @@ DECEITS: dict[str, list[tuple[str, str]]] = {
         ("```\n\\boxed{42}", "42"),
         ("~~~\n\\boxed{42}\n~~~", "42"),
         ("`\\boxed{42}`", "42"),
+        ("\\boxed{4`x`2}", "4 2"),  # found by fuzzing: what is left of a box is not what it said
+        ("\\boxed{x<!-- -->y}", "x y"),
         ("<!-- \\boxed{42} -->", "42"),
         ("<!-- \\boxed{42}", "42"),
         ("% \\boxed{42}", "42"),
