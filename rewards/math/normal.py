@@ -163,8 +163,8 @@ def strip_delimiters(text: str) -> str:
 
 @lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
-    """The canonical spelling of one answer: no sizing or spacing commands, `\\frac{a}{b}`, `\\sqrt{a}`, `\\text{words}`,
-    plain thousands, single spaces only where they separate. Idempotent. Raises Unreadable.
+    """The canonical spelling of one answer: no sizing or spacing, `\\frac{a}{b}`, `\\sqrt{a}`, `\\text{words}`
+    and plain thousands, single spaces only where they separate. Idempotent. Raises Unreadable.
     """
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"{len(text)} characters; at most {MAX_CHARACTERS} are read")
