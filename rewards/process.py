@@ -32,6 +32,7 @@ MAX_REPLY_BYTES = 16 << 20
 START_TIMEOUT_S = 120.0
 TAKE_TIMEOUT_S = 20.0  # a worker that is up and has a core reads its request at once
 _FINISHED = 64  # exit status of a worker that asks to be replaced
+_QUICK_DEATHS = 50  # workers in a row that end by themselves at once: nothing that a new fork would mend
 _CLOSED = 65  # exit status of a worker whose caller is gone
 
 Handler = Callable[[Any], Iterator[dict[str, Any]]]  # a request -> JSON-able replies, sent as they come
@@ -196,7 +197,9 @@ def keep() -> None:
             _reply(reply, {"failed": traceback.format_exc()})
         raise SystemExit(1) from None
     ended: int | None = None
-    while True:
+    in_a_row = 0
+    while in_a_row < _QUICK_DEATHS:
+        began = time.monotonic()
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, 0)
@@ -208,6 +211,8 @@ def keep() -> None:
         _kill_group(pid)  # what the worker had started
         if ended == _CLOSED:
             return
+        in_a_row = in_a_row + 1 if ended > 0 and ended != _FINISHED and time.monotonic() - began < 0.1 else 0
+    raise SystemExit(f"the worker ended {_QUICK_DEATHS} times in a row with status {ended}, at once")
 
 
 def _serve(request: int, reply: int, handler: Handler, ended: int | None) -> int:
