@@ -44,15 +44,11 @@ help:
 	@echo "make test-gpu  run the tests that need a Hopper GPU, in the Python that is active"
 	@echo "make setup     only create $(VENV) with the rlzero command"
 
-# Done twice it shows the first result again; `rm -r runs/demo` to train anew.
-demo: runs/demo-base/config.json
+# Done twice it shows the first result again; `rm -r runs/demo` to train anew. The base it starts from is shipped in
+# configs/demo-base; `rlzero pretrain configs/demo-base.yaml` makes it again.
+demo: $(VENV)/.core
 	@echo "== training with reinforcement learning (configs/demo.yaml)"
 	$(BIN)/rlzero train configs/demo.yaml --resume
-
-runs/demo-base/config.json: configs/demo-base.yaml | $(VENV)/.core
-	@echo "== pre-training the base model (configs/demo-base.yaml)"
-	$(BIN)/rlzero pretrain configs/demo-base.yaml
-	@touch $@
 
 setup: $(VENV)/.core
 
@@ -78,6 +74,8 @@ $(VENV)/.core: $(VENV)/.created requirements/cpu.txt requirements/overrides.txt 
 	@echo "== installing what rlzero needs (requirements/cpu.txt, about 1 GB)"
 	@$(INSTALL) -r requirements/cpu.txt
 	@$(INSTALL) --no-deps --editable .
+	@echo "== compiling the torch engine's kernels"
+	@$(BIN)/python -m rollout.native.library
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core requirements/test.txt
