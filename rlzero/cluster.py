@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -20,7 +21,6 @@ from rlzero.config import Config
 from rollout.engine import Request, Rollout
 from rollout.worker import RolloutWorker
 from trainer.worker import Trainer
-
 
 GATHER_S = 0.25  # how long a worker collects ended rollouts before it reports them
 
@@ -64,15 +64,19 @@ def plan(config: Config, cores: int | None = None) -> Placement:
     )
 
 
-def connect(address: str | None) -> None:
+def connect(address: str | None, cpus: int | None = None) -> None:
     """Joins the cluster at `address` (`auto`: the one running here), or starts one on this machine that listens on
-    loopback only."""
+    loopback only and offers `cpus` (none: as many as there are, at least two)."""
     if ray.is_initialized():
         return
     # Actors import the project from where this process found it.
     environment = {"PYTHONPATH": os.pathsep.join(p for p in _import_paths())}
     options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": environment}}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other work on the machine stall the actors
+    # Where several machines cannot form a cluster, Ray takes 127.0.0.1 for this node and all its servers bind to that.
+    # It offers no other way: an address of 127.0.0.1 given to ray.init is replaced by the outer one.
+    ray_constants.ENABLE_RAY_CLUSTER = bool(address)
     if address:
         try:
             ray.init(address=address, **options)
@@ -83,9 +87,9 @@ def connect(address: str | None) -> None:
             ) from error
         return
     ray.init(
-        num_cpus=max(2, os.cpu_count() or 1),
+        address="local",  # else Ray would join whatever cluster it finds on this machine
+        num_cpus=cpus or max(2, os.cpu_count() or 1),
         include_dashboard=False,
-        _node_ip_address="127.0.0.1",
         object_store_memory=1 << 29,
         **options,
     )
@@ -232,9 +236,13 @@ class TrainerHandle:
     def __init__(self, actor: Actor, deadline_s: float):
         self.actor, self.deadline_s = actor, deadline_s
 
-    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    async def ready(self, deadline_s: float) -> None:
+        """Waits until the trainer has loaded its policy."""
+        await self.call("pid", deadline_s=deadline_s)
+
+    async def call(self, method: str, *args: Any, deadline_s: float | None = None, **kwargs: Any) -> Any:
         try:
-            return await self.actor.call(method, *args, deadline_s=self.deadline_s, **kwargs)
+            return await self.actor.call(method, *args, deadline_s=deadline_s or self.deadline_s, **kwargs)
         except ray.exceptions.RayActorError as error:
             raise TrainerDied(f"the trainer's process died during '{method}': {error}") from error
 

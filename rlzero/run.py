@@ -94,12 +94,13 @@ class Run:
             )
             folder = str(config.policy.path)
             if self.start_from is not None:
+                await self.trainer.ready(config.cluster.deadline_s)
                 state = await self.trainer.call("load", str(self.start_from))
                 self._restore(state)
                 folder = str(self.start_from)
             self.fleet = Fleet(self.cluster, kind, folder, self._engine_options())
             self.transport = transport(config)
-            await self.fleet.ready()
+            await asyncio.gather(self.trainer.ready(config.cluster.deadline_s), self.fleet.ready())
             await self.publish(version=self.step)
         except BaseException:
             await self.__aexit__()
