@@ -18,6 +18,7 @@ from typing import Literal
 Split = Literal["base", "train", "held_out"]
 Numbers = tuple[int, ...]
 
+SIZES, LARGEST_OF_SIZE = (3, 4), (20, 10)
 LARGEST = 199  # no intermediate result passes it: instances stay within two digits and a bit
 
 
@@ -81,8 +82,8 @@ def reachable(numbers: Numbers) -> frozenset[int]:
 def tasks(
     split: Split,
     seed: int,
-    sizes: tuple[int, ...] = (3, 4),
-    largest: tuple[int, ...] = (20, 10),
+    sizes: tuple[int, ...] = SIZES,
+    largest: tuple[int, ...] = LARGEST_OF_SIZE,
     targets: tuple[int, int] = (10, 50),
 ) -> Iterator[Task]:
     """An endless, deterministic stream of solvable instances of `split`.
@@ -106,16 +107,29 @@ def tasks(
         yield Task(numbers, rng.choice(within))
 
 
-def rows(split: Split, seed: int, count: int, **options) -> list[dict]:
-    """`count` distinct instances as rows for the data loader (columns prompt, numbers, target)."""
+def rows(split: Split, seed: int, count: int, warm_up: int = 0, **options) -> list[dict]:
+    """`count` instances as rows for the data loader (columns prompt, numbers, target, level), distinct within a level.
+
+    The first `warm_up` of them have the smallest of `sizes` only (level 0), the others all sizes (level 1): a
+    curriculum, since the loader asks lower levels first. Raises ValueError where there are not that many.
+    """
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    seen: dict[tuple, dict] = {}
-    draws = 0
-    for task in tasks(split, seed, **options):
-        seen.setdefault((task.numbers, task.target), task.row)
-        draws += 1
+    made = []
+    if warm_up:
+        sizes, largest = options.get("sizes", SIZES), options.get("largest", LARGEST_OF_SIZE)
+        easiest = min(range(len(sizes)), key=lambda i: sizes[i])
+        easy = {**options, "sizes": (sizes[easiest],), "largest": (largest[easiest],)}
+        made = [{**task.row, "level": 0} for task in distinct(split, seed, warm_up, easy)]
+    return made + [{**task.row, "level": 1} for task in distinct(split, seed, count - warm_up, options)]
+
+
+def distinct(split: Split, seed: int, count: int, options: dict) -> list[Task]:
+    """The first `count` distinct instances of a stream. Raises ValueError where it seems to have fewer."""
+    seen: dict[Task, None] = {}
+    for draws, task in enumerate(tasks(split, seed, **options), start=1):
+        seen.setdefault(task)
         if len(seen) == count:
-            return list(seen.values())
+            return list(seen)
         if draws > 1000 + 50 * count:
             raise ValueError(
                 f"countdown: only {len(seen)} distinct instances of split '{split}' in {draws} draws, {count} asked "

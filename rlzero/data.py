@@ -245,6 +245,10 @@ class Prompts(Sequence[Prompt]):
         identity, (text, values) = self._items[index]
         return Prompt(id=identity, text=text, tokens=tuple(self._encode(text)), row=values)
 
+    def level(self, index: int) -> float:
+        """The column `level` of a row, 0 without one: the stream asks lower levels first."""
+        return self._items[index][1][1].get("level", 0)
+
     @property
     def fingerprint(self) -> str:
         """A hash of all questions in their order; equal exactly where the data and the template are."""
@@ -281,7 +285,8 @@ def load_prompts(config: Config, tokenizer: Any, split: Split) -> Prompts:
 
 
 class PromptStream:
-    """An endless stream over `prompts`, each epoch in an order of its own that depends on (seed, epoch) alone.
+    """An endless stream over `prompts`, each epoch in an order of its own that depends on (seed, epoch) alone. Rows
+    with a column `level` come in ascending levels in the first epoch, shuffled within one.
 
     `position` counts the prompts handed out since the start; it is the whole state. From the second epoch on a
     prompt's id carries the epoch (`<id>@1`), so that two passes over it never meet as one request.
@@ -318,6 +323,8 @@ class PromptStream:
         if self._order is None or self._order[0] != epoch:
             order = list(range(len(self._prompts)))
             random.Random(f"prompts/{self._seed}/{epoch}").shuffle(order)
+            if epoch == 0:  # a curriculum: easier levels first, shuffled within a level; later everything is mixed
+                order.sort(key=self._prompts.level)
             self._order = (epoch, order)
         prompt = self._prompts[self._order[1][index]]
         if epoch == 0:

@@ -75,7 +75,7 @@ def _make_step(job: tuple[BaseConfig, int]) -> list[np.ndarray]:
 
 def steps_ahead(config: BaseConfig, steps: range) -> Iterator[list[np.ndarray]]:
     """The documents of each step in order, made in other processes while the trainer works."""
-    processes = max(1, (os.cpu_count() or 2) - 3)  # the trainer's own thread must not wait for a core
+    processes = max(1, (os.cpu_count() or 2) // 2)  # the trainer's own thread must not wait for a core
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         waiting = []
         for step in steps:
@@ -101,7 +101,7 @@ def pretrain(config: BaseConfig, say: Callable[[dict[str, float]], None], steps:
         config.optimizer,
         None,
         seed=config.seed,
-        threads=os.cpu_count() or 1,
+        threads=(os.cpu_count() or 1) if config.device == "cpu" else 2,
         device=config.device,
     )
     folder.mkdir(parents=True, exist_ok=True)
