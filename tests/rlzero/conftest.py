@@ -157,13 +157,13 @@ class Train:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(20)
 
-    def wait(self, timeout_s: float = 90.0) -> int:
+    def wait(self, timeout_s: float = 200.0) -> int:
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the run did not end in {timeout_s} s; it said:\n{self.text}") from None
 
-    def wait_for_step(self, step: int, timeout_s: float = 90.0) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = 200.0) -> None:
         """Waits until the metrics of `step` are written; fails if the run ends before."""
         until_s = time.monotonic() + timeout_s
         while not any(line["step"] >= step for line in read_lines(self.run_dir / "metrics.jsonl")):

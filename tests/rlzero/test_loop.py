@@ -53,7 +53,15 @@ def test_every_step_writes_one_line_of_finite_metrics(finished):
     assert [line["step"] for line in lines] == list(range(8))
     for line in lines:
         assert line["completions"] == 9 and line["policy_version"] == line["step"] + 1
-        for name in ("reward_mean", "length_mean", "entropy", "policy_loss", "grad_norm", "time_step_s", "kl_reference"):
+        for name in (
+            "reward_mean",
+            "length_mean",
+            "entropy",
+            "policy_loss",
+            "grad_norm",
+            "time_step_s",
+            "kl_reference",
+        ):
             assert np.isfinite(line[name]), name
         assert 0 < line["length_mean"] <= 24 and line["grad_norm"] > 0
 
@@ -131,7 +139,9 @@ def test_dynamic_sampling_refills_groups_that_teach_nothing(local_ray, write_con
 
 
 def test_completions_whose_checker_fails_are_masked_and_counted(local_ray, write_config, tmp_path):
-    config = write_config(tmp_path, reward="picky", max_reward_error_rate=1.0, **{"data.evaluation": None, "evaluation.every": 0})
+    config = write_config(
+        tmp_path, reward="picky", max_reward_error_rate=1.0, **{"data.evaluation": None, "evaluation.every": 0}
+    )
 
     async def work(run: RecordedRun) -> tuple[Graded, dict]:
         graded = await loop.collect(run, 0)

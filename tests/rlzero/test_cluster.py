@@ -1,0 +1,179 @@
+"""Placement: what a run needs against what a cluster has, and a cluster of two nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import ray
+
+from rlzero import cluster, loop
+from rlzero.cluster import Cluster, ClusterError, Placement, check_resources, plan
+from rlzero.config import Config
+from rlzero.run import Run
+from rlzero.runlog import read_lines
+
+pytestmark = pytest.mark.timeout(170)
+
+
+# --- what each process gets ------------------------------------------------------------------------------------------
+
+
+def test_synchronous_processes_share_cores_in_turn_and_asynchronous_ones_at_once(write_config, tmp_path):
+    def threads(**changes) -> tuple[int, int]:
+        changes = {"trainer_threads": 0, "rollout.threads": 0, **changes}
+        placement = plan(Config.load(write_config(tmp_path, **changes)), cores=12)
+        return placement.trainer_threads, placement.worker_threads
+
+    assert threads() == (12, 12)
+    assert threads(**{"rollout.workers": 3}) == (12, 4)
+    assert threads(**{"rollout.workers": 3}, staleness=1) == (3, 3)
+    assert threads(**{"rollout.workers": 30}) == (12, 1)
+    assert threads(trainer_threads=5, **{"rollout.threads": 7}) == (5, 7)
+
+
+# --- too small a cluster ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_needs_more_than_there_is_fails_with_both_lists(local_ray, write_config, tmp_path):
+    config = Config.load(write_config(tmp_path, **{"rollout.workers": 5}))
+    with pytest.raises(ClusterError) as caught:
+        Cluster(config).__enter__()
+    message = str(caught.value)
+    assert "3 of 6 processes find no node" in message
+    needed, there = message.split("needed (")[1].split("nodes of the cluster:")
+    assert needed.count("1 CPU") == 6 and there.count("3 CPU") == 1
+    assert ray.util.placement_group_table() == {}  # nothing was started
+
+
+def test_gpus_that_are_not_there_are_missed(local_ray):
+    placement = Placement({"CPU": 1.0, "GPU": 1.0}, [{"CPU": 1.0, "GPU": 1.0}], 1, 1)
+    with pytest.raises(ClusterError, match=r"2 of 2 processes(.|\n)*1 CPU, 1 GPU(.|\n)*nodes(.|\n)*3 CPU"):
+        check_resources(placement)
+
+
+# --- a cluster of two nodes ------------------------------------------------------------------------------------------
+
+
+class Nodes:
+    """A Ray cluster of its own: a head and a second node, one CPU each, every process of it known and ended again."""
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp(prefix="rz")  # short: Unix socket paths end after 107 characters
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.nodes: list[subprocess.Popen] = []
+
+    def start(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--block", *arguments]
+        command += ["--object-store-memory=100000000", "--disable-usage-stats"]
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        self.nodes.append(
+            subprocess.Popen(
+                command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+
+    def __enter__(self) -> Nodes:
+        port = self.address.rpartition(":")[2]
+        self.start("--head", f"--port={port}", f"--temp-dir={self.folder}", "--include-dashboard=false")
+        until_s = time.monotonic() + 60
+        while not _answers(int(port)):
+            assert self.nodes[0].poll() is None, self.nodes[0].stdout.read().decode()
+            assert time.monotonic() < until_s, "the head did not start"
+            time.sleep(0.1)
+        self.start(f"--address={self.address}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        processes = [p for node in self.nodes for p in _family(node.pid)]
+        for node in self.nodes[::-1]:
+            node.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(processes, timeout=15)
+        for process in alive:
+            process.kill()
+        for node in self.nodes:
+            node.wait()
+            node.stdout.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[Nodes]:
+    ray.shutdown()
+    with Nodes() as nodes:
+        yield nodes
+        ray.shutdown()
+
+
+def test_a_run_joins_a_cluster_and_works_on_both_of_its_nodes(two_nodes, write_config, tmp_path):
+    config = Config.load(
+        write_config(tmp_path, steps=2, **{"cluster.address": two_nodes.address, "evaluation.every": 0})
+    )
+    _await_nodes(two_nodes.address, 2)
+
+    homes = [node.pid for node in two_nodes.nodes]
+    placed: list[int] = []
+    actors: list[int] = []
+
+    class Seen(Run):
+        async def publish(self, version: int) -> None:
+            await super().publish(version)
+            if not actors:
+                worker = await self.fleet.workers[0].call("ping", deadline_s=30)
+                actors.extend([await self.trainer.call("pid"), worker["pid"]])
+                placed.extend(home for pid in actors for home in homes if pid in {p.pid for p in _family(home)})
+
+    async def train() -> None:
+        async with Seen(config, resume=False) as run:
+            await loop.train(run)
+
+    asyncio.run(train())
+    assert sorted(placed) == sorted(homes)
+    assert len(read_lines(config.run_dir / "metrics.jsonl")) == 2
+    assert ray.is_initialized()  # the cluster is somebody else's
+    _, alive = psutil.wait_procs([psutil.Process(p) for p in actors if psutil.pid_exists(p)], timeout=10)
+    assert not alive
+    assert all(node.poll() is None for node in two_nodes.nodes)
+
+
+def _await_nodes(address: str, count: int) -> None:
+    cluster.connect(address)
+    until_s = time.monotonic() + 60
+    while sum(node["Alive"] for node in ray.nodes()) < count:
+        assert time.monotonic() < until_s, f"no {count} nodes: {ray.nodes()}"
+        time.sleep(0.1)
+
+
+def test_an_address_where_no_cluster_answers_is_named():
+    ray.shutdown()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    began_s = time.monotonic()
+    with pytest.raises(ClusterError, match=f"no Ray cluster answers at '{address}'"):
+        cluster.connect(address)
+    assert time.monotonic() - began_s < 60

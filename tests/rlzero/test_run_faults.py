@@ -1,0 +1,178 @@
+"""What a run survives: kills of everything, of a worker, of the trainer; hangs; Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlzero import loop
+from rlzero.cluster import ClusterError
+from rlzero.config import Config
+from rlzero.groups import Group
+from rlzero.run import Run
+from rlzero.runlog import read_lines
+from trainer import checkpoint
+
+from .conftest import STEPS, Train
+
+pytestmark = pytest.mark.timeout(500)
+
+TIMES = ("time_", "sync_gap")  # of a line of metrics: what may differ between two equal runs
+
+
+def weights(run_dir: Path, step: int = STEPS) -> dict[str, bytes]:
+    """Everything numeric that a checkpoint holds, as bytes."""
+    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.safetensors"))}
+
+
+def told(run_dir: Path) -> list[dict[str, Any]]:
+    """The run's metrics without its times and restarts."""
+    lines = read_lines(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if "time_" not in k and k != "worker_restarts"} for line in lines]
+
+
+def test_five_sigkills_at_random_moments_change_no_bit_of_the_result(finished, write_config, tmp_path):
+    config = write_config(tmp_path)
+    rng = random.Random(20)
+    for kill in range(5):
+        with Train(config, "--resume") as train:
+            train.wait_for_step(kill)  # so far every run has come one step further than the one before
+            time.sleep(rng.uniform(0, 0.5))
+            train.family()
+            assert train.process.poll() is None, "the run was over before it was killed"
+            train.kill()
+            assert not train.left_behind(20.0)
+    with Train(config, "--resume") as train:
+        assert train.wait() == 0, train.text
+    assert weights(train.run_dir) == weights(finished)
+    assert told(train.run_dir) == told(finished)
+
+
+def test_a_run_whose_trainer_dies_goes_on_by_itself_to_the_same_result(finished, write_config, tmp_path):
+    with Train(write_config(tmp_path)) as train:
+        train.wait_for_step(2)
+        trainer = train.actor("TrainerActor")
+        os.kill(trainer.pid, signal.SIGKILL)
+        assert train.wait() == 0, train.text
+        assert "the trainer's process died" in train.text and "going on from step-00000" in train.text
+        assert not train.left_behind(10.0)
+    assert weights(train.run_dir) == weights(finished)
+    assert told(train.run_dir) == told(finished)
+
+
+def test_ctrl_c_saves_exits_with_130_and_leaves_nothing_behind(write_config, tmp_path):
+    with Train(write_config(tmp_path, steps=500, **{"checkpoint.every": 0})) as train:
+        train.wait_for_step(1)
+        family = train.family()
+        assert {"127.0.0.1"} >= listening(family) != set()
+        os.killpg(train.process.pid, signal.SIGINT)  # as a terminal sends it: to the whole group
+        assert train.wait(30) == 130, train.text
+        assert "stopped before step" in train.text and "--resume" in train.text and "Traceback" not in train.text
+        assert not train.left_behind(10.0)
+    saved = checkpoint.latest(train.run_dir / "checkpoints")
+    done = read_lines(train.run_dir / "metrics.jsonl")[-1]["step"]
+    assert saved is not None and saved.name == f"step-{done + 1:06d}"
+    checkpoint.verify(saved)
+
+
+def listening(processes: list[psutil.Process]) -> set[str]:
+    """The addresses that any of the processes listens at."""
+    found = set()
+    for process in processes:
+        for connection in process.net_connections(kind="inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                address = ipaddress.ip_address(connection.laddr.ip)
+                found.add(str(getattr(address, "ipv4_mapped", None) or address))
+    return found
+
+
+# --- one rollout worker ----------------------------------------------------------------------------------------------
+
+
+def open_run(config: Path) -> Run:
+    return Run(Config.load(config), resume=False)
+
+
+async def some_open(run: Run, worker: int) -> None:
+    """Waits until the worker has requests in hand."""
+    async with asyncio.timeout(60):
+        while not run.fleet.open[worker]:
+            await asyncio.sleep(0.005)
+
+
+def ids(groups: list[Group]) -> list[tuple[str, int]]:
+    return [(rollout.prompt_id, rollout.sample) for group in groups for rollout in group.rollouts]
+
+
+def test_a_killed_worker_comes_back_with_current_weights_and_answers_everything_once(local_ray, write_config, tmp_path):
+    config = write_config(tmp_path, **{"rollout.workers": 2, "data.evaluation": None, "evaluation.every": 0})
+
+    async def go() -> None:
+        async with open_run(config) as run:
+            graded = await loop.collect(run, 0)
+            samples = loop.to_samples(graded, run.config.algorithm)
+            await run.trainer.call("step", loop.minibatches(samples, run.config))
+            await run.publish(version=1)
+            victim = (await run.fleet.workers[1].call("ping", deadline_s=30))["pid"]
+
+            prompts = run.prompts.take(20)
+            writing = asyncio.create_task(run.write("1.0", prompts, 3, run.sampling))
+            await some_open(run, 1)
+            os.kill(victim, signal.SIGKILL)
+            groups = await writing
+
+            assert run.fleet.restarts == 1
+            assert ids(groups) == [(f"1.0/{p.id}", s) for p in prompts for s in range(3)]
+            assert all(version == 1 for g in groups for r in g.rollouts for version, _ in r.versions)
+            assert all(r.tokens and len(g.scores) == 3 for g in groups for r in g.rollouts)
+            answer = await run.fleet.workers[1].call("ping", deadline_s=30)
+            assert answer["pid"] != victim and answer["version"] == 1
+            await run.check_agreement(version=1)  # raises where the new engine holds other weights than the trainer
+
+    asyncio.run(go())
+
+
+def test_a_hung_worker_is_named_within_the_deadline(local_ray, write_config, tmp_path):
+    config = write_config(tmp_path, **{"rollout.deadline_s": 4.0, "data.evaluation": None, "evaluation.every": 0})
+
+    async def go() -> float:
+        async with open_run(config) as run:
+            pid = (await run.fleet.workers[0].call("ping", deadline_s=30))["pid"]
+            os.kill(pid, signal.SIGSTOP)
+            began_s = time.monotonic()
+            try:
+                with pytest.raises(ClusterError, match="rollout worker 0.*rollout.deadline_s"):
+                    await loop.collect(run, 0)
+                return time.monotonic() - began_s
+            finally:
+                os.kill(pid, signal.SIGCONT)
+
+    assert 3.5 < asyncio.run(go()) < 10.0
+
+
+def test_a_hung_trainer_is_named_within_the_deadline(local_ray, write_config, tmp_path):
+    config = write_config(tmp_path, **{"rollout.deadline_s": 4.0, "data.evaluation": None, "evaluation.every": 0})
+
+    async def go() -> float:
+        async with open_run(config) as run:
+            pid = await run.trainer.call("pid")
+            os.kill(pid, signal.SIGSTOP)
+            began_s = time.monotonic()
+            try:
+                with pytest.raises(ClusterError, match="trainer did not answer 'step' within 4 s"):
+                    await loop.train(run)
+                return time.monotonic() - began_s
+            finally:
+                os.kill(pid, signal.SIGCONT)
+
+    assert 3.5 < asyncio.run(go()) < 25.0
