@@ -215,8 +215,8 @@ class Actor:
         return getattr(self.handle, method).remote(*args, **kwargs)
 
     async def call(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
-        """What `method` returns. Raises `ClusterError` when it takes longer than `deadline_s`, and Ray's
-        `RayActorError` when the process is gone."""
+        """What `method` returns. Raises `ClusterError` when it takes longer than `deadline_s`, Ray's `RayActorError`
+        when the process is gone, and `TrainerDied` when weights it was handed are gone with the trainer."""
         try:
             async with asyncio.timeout(deadline_s):
                 return await self.submit(method, *args, **kwargs)
@@ -225,6 +225,8 @@ class Actor:
                 f"{self.name} did not answer '{method}' within {deadline_s:g} s and is taken for hung; if the work "
                 "really takes that long, raise rollout.deadline_s (cluster.deadline_s for the start)"
             ) from error
+        except ray.exceptions.ObjectLostError as error:  # published weights, the only objects an actor makes
+            raise TrainerDied(f"the trainer's process died before {self.name} had its weights: {error}") from error
 
     def kill(self) -> None:
         ray.kill(self.handle, no_restart=True)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from rlzero import loop
-from rlzero.cluster import ClusterError
+from rlzero.cluster import ClusterError, TrainerDied
 from rlzero.config import Config
 from rlzero.groups import Group
 from rlzero.run import Run
@@ -175,3 +175,21 @@ def test_a_hung_trainer_is_named_within_the_deadline(local_ray, write_config, tm
                 os.kill(pid, signal.SIGCONT)
 
     assert 3.5 < asyncio.run(go()) < 25.0
+
+
+def test_a_trainer_that_dies_between_publishing_and_receiving_counts_as_a_dead_trainer(
+    local_ray, write_config, tmp_path
+):
+    config = write_config(tmp_path, **{"data.evaluation": None, "evaluation.every": 0})
+
+    async def go() -> None:
+        async with open_run(config) as run:
+            trainer = psutil.Process(await run.trainer.call("pid"))
+            handle = await run.trainer.call("publish", run.transport, 1)
+            trainer.kill()
+            trainer.wait(10)
+            with pytest.raises(TrainerDied):
+                await run.fleet.update(handle, 1)
+                await run.check_agreement(1)
+
+    asyncio.run(go())
