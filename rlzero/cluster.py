@@ -164,9 +164,11 @@ class Cluster:
             self.group = placement_group(self.placement.bundles, strategy="PACK")
             deadline_s = self.config.cluster.deadline_s
             if not self.group.wait(deadline_s):
+                there, free = ray.cluster_resources(), ray.available_resources()
+                used = {key: there[key] - free.get(key, 0) for key in ("CPU", "GPU") if key in there}
                 raise ClusterError(
-                    f"the cluster has the resources but did not free them within cluster.deadline_s = {deadline_s:g} s; "
-                    f"in use: {_resources({k: v - ray.available_resources().get(k, 0) for k, v in ray.cluster_resources().items() if k in ('CPU', 'GPU')})}"
+                    "the cluster has the resources but did not free them within cluster.deadline_s = "
+                    f"{deadline_s:g} s; in use: {_resources(used)}"
                 )
         except BaseException:
             self.__exit__()
@@ -334,7 +336,8 @@ class Fleet:
     async def _revive(self, index: int, error: Exception) -> None:
         """A new worker in the place of a dead one: current weights, unfinished requests from their start."""
         if self.restarts_left == 0:
-            raise ClusterError(f"{self.workers[index].name} died again after {self.restarts} restarts: {error}") from error
+            name = self.workers[index].name
+            raise ClusterError(f"{name} died again after {self.restarts} restarts: {error}") from error
         self.restarts_left -= 1
         self.restarts += 1
         worker = self.workers[index] = self.cluster.worker(index, self.kind, self.folder, self.options)
