@@ -185,7 +185,7 @@ class Run:
         async def produce() -> None:
             for step in range(self.step, self.config.steps):
                 async with self._published:
-                    await self._published.wait_for(lambda: self.version >= step - self.config.staleness)
+                    await self._published.wait_for(lambda needed=step - self.config.staleness: self.version >= needed)
                 self._taken_from.append((step, self.prompts.state_dict()))
                 await ready.put(await collect(step))
 
@@ -223,8 +223,8 @@ class Run:
             if not gap["mean_abs"] <= self.config.rollout.max_gap:
                 raise RunError(
                     f"{worker.name} and the trainer disagree about policy version {version}: mean |delta logprob| "
-                    f"{gap['mean_abs']:.3g} on the probe, rollout.max_gap is {self.config.rollout.max_gap:g}. Training on "
-                    "such rollouts would be off-policy without saying so. Check that both use the same dtype, and the "
+                    f"{gap['mean_abs']:.3g} on the probe, rollout.max_gap is {self.config.rollout.max_gap:g}. Training "
+                    "on such rollouts would be off-policy without saying so. Check that both use the same dtype, and the "
                     "engine's release (README, supported versions)"
                 )
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,7 +41,7 @@ class BaseConfig(_Section):
     output_dir: str = "runs"
 
     @classmethod
-    def load(cls, path: str | Path, overrides: list[str] = []) -> BaseConfig:
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> BaseConfig:
         return read_config(cls, path, overrides)
 
 
