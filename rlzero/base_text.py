@@ -240,4 +240,6 @@ def tokenizer():
     model.add_special_tokens([AddedToken(EOS, special=True), AddedToken(PAD, special=True)])
     pieces = [fixed, after, "<think>", "</think>", "<answer>", "</answer>"]
     model.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in pieces])
-    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )

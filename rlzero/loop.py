@@ -55,7 +55,7 @@ async def collect(run: Run, step: int) -> Graded:
         if len(taken.groups) == config.batch.prompts:
             break
     if not taken.groups:
-        raise run.error(f"step {step}: all groups of {wave + 1} waves had equal rewards; the task is too easy or too hard")
+        raise run.error(f"step {step}: all groups of {wave + 1} waves had equal rewards; task too easy or too hard")
     return taken
 
 

@@ -224,8 +224,8 @@ class Run:
                 raise RunError(
                     f"{worker.name} and the trainer disagree about policy version {version}: mean |delta logprob| "
                     f"{gap['mean_abs']:.3g} on the probe, rollout.max_gap is {self.config.rollout.max_gap:g}. Training "
-                    "on such rollouts would be off-policy without saying so. Check that both use the same dtype, and the "
-                    "engine's release (README, supported versions)"
+                    "on such rollouts would be off-policy without saying so. Check that both use the same dtype, and "
+                    "the engine's release (README, supported versions)"
                 )
 
     async def refresh_reference(self, step: int) -> None:
