@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,8 +80,9 @@ def connect(address: str | None, cpus: int | None = None) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = bool(address)
     if address:
         try:
+            _knock(address)
             ray.init(address=address, **options)
-        except ConnectionError as error:
+        except OSError as error:
             raise ClusterError(
                 f"cluster.address: no Ray cluster answers at '{address}' ({error}); start one with "
                 "`ray start --head`, or leave cluster.address out to run on this machine"
@@ -93,6 +95,13 @@ def connect(address: str | None, cpus: int | None = None) -> None:
         object_store_memory=1 << 29,
         **options,
     )
+
+
+def _knock(address: str, timeout_s: float = 10.0) -> None:
+    """Raises OSError where nothing listens at host:port; Ray itself would try for minutes and then end the process."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
 
 
 def _import_paths() -> list[str]:
