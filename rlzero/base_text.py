@@ -212,13 +212,13 @@ SHARES = {
 }
 
 
-NUMBER = r"1\d\d|[1-9]\d|\d"  # a number up to LARGEST is one token, 110 excepted: its merge `1+0` comes before `1+1`
+NUMBER = r"1\d\d|[1-9]\d|\d"  # a number up to LARGEST is one token
 WORDS = ("User", "Assistant", "Make", "What", " Make", " What", " is", " from", " yes", " no", " User", " Assistant")
 
 
 def tokenizer():
-    """The base's tokenizer: byte-level BPE whose merges make one token of nearly each number up to 199 and of each
-    frequent word; the template's fixed sentences and the four tags are tokens of their own. Any text can be encoded."""
+    """The base's tokenizer: byte-level BPE whose merges make one token of each number up to 199 and of each frequent
+    word; the template's fixed sentences and the four tags are tokens of their own. Any text can be encoded."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -230,6 +230,7 @@ def tokenizer():
             if word[:end] not in vocabulary:
                 vocabulary[word[:end]] = len(vocabulary)
                 merges.append((word[: end - 1], word[end - 1]))
+    merges.append(("1", "10"))  # of 110: `1+0` is merged before `1+1`, which the way above to it needs
     model = Tokenizer(models.BPE(vocabulary, merges))
     model.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(rf"{NUMBER}| ?[A-Za-z]+|\s|."), "isolated"),

@@ -12,11 +12,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from rlzero import base_text
 from rlzero.config import Positive, _Section, read_config
+from trainer.batch import Batch
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack
 
@@ -65,15 +65,16 @@ def step_documents(config: BaseConfig, step: int, tokenizer: Any) -> list[list[i
 _tokenizer: Any = None  # of a worker process
 
 
-def _make_step(job: tuple[BaseConfig, int]) -> list[np.ndarray]:
+def _make_step(job: tuple[BaseConfig, int]) -> list[Batch]:
     global _tokenizer
     if _tokenizer is None:
         _tokenizer = base_text.tokenizer()
-    return [np.array(d, np.int32) for d in step_documents(*job, _tokenizer)]
+    samples = [Sample(prompt_tokens=(), tokens=d, loss_on_prompt=True) for d in step_documents(*job, _tokenizer)]
+    return pack(samples, job[0].tokens_per_micro_batch)
 
 
-def steps_ahead(config: BaseConfig, steps: range) -> Iterator[list[np.ndarray]]:
-    """The documents of each step in order, made in other processes while the trainer works."""
+def steps_ahead(config: BaseConfig, steps: range) -> Iterator[list[Batch]]:
+    """The packed documents of each step in order, made in other processes while the trainer works."""
     processes = max(1, (os.cpu_count() or 2) // 2)  # the trainer's own thread must not wait for a core
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         waiting = []
@@ -106,12 +107,10 @@ def pretrain(config: BaseConfig, say: Callable[[dict[str, float]], None], steps:
     folder.mkdir(parents=True, exist_ok=True)
     last = min(config.steps, steps or config.steps)
     with open(folder / "training.jsonl", "w") as log:
-        for step, documents in enumerate(steps_ahead(config, range(last))):
+        for step, batches in enumerate(steps_ahead(config, range(last))):
             began_s = time.monotonic()
-            samples = [Sample(prompt_tokens=(), tokens=d, loss_on_prompt=True) for d in documents]
-            batches = pack(samples, config.tokens_per_micro_batch)
             metrics = trainer.next_token_step(batches, mtp_weight=config.mtp_weight)
-            line = {"step": step, "tokens": sum(map(len, documents)), **metrics, "time_s": time.monotonic() - began_s}
+            line = {"step": step, **metrics, "time_s": time.monotonic() - began_s}
             log.write(json.dumps(line) + "\n")
             log.flush()
             say(line)
