@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from trainer.model.moe import MoE, Router, Routing, sequence_balance
 from trainer.model.rope import turns
 from trainer.precision.recipe import Recipe, check_recipe
 
+BalanceOf = Callable[[int, Routing], Tensor]
+
 
 @dataclass
 class V3Output:
@@ -28,7 +31,7 @@ class V3Output:
     hidden: Float[Tensor, "n hidden"]
     load: Int[Tensor, "moe_layers experts"]
     experts: Int[Tensor, "n moe_layers k"]
-    balance: Float[Tensor, "moe_layers documents"] | None = None
+    balance: Float[Tensor, "moe_layers documents"] | None = None  # or what the asked-for measure gives
 
 
 class Block(nn.Module):
@@ -96,10 +99,11 @@ class V3Model(nn.Module):
         positions: Int[Tensor, " n"],
         bounds: Int[Tensor, " documents+1"],
         routed_experts: Int[Tensor, "n moe_layers k"] | None = None,
-        balance: bool = False,
+        balance: bool | BalanceOf = False,
     ) -> V3Output:
         """Document d is tokens[bounds[d]:bounds[d + 1]] and sees itself only. `routed_experts` replays the routing of
-        the tokens whose row is not -1. `balance` asks for the sequence-wise balance loss."""
+        the tokens whose row is not -1. `balance` asks for the sequence-wise balance loss, or for another measure of
+        every layer's routing: a function of the layer's row in `load` and its `Routing`."""
         self._check(tokens, positions, bounds, routed_experts)
         documents = group_documents(bounds, padding=0.1 if tokens.device.type == "cpu" else 0.4)
         turn = turns(self.config, positions)
@@ -118,7 +122,7 @@ class V3Model(nn.Module):
         tokens: Int[Tensor, " n"],
         positions: Int[Tensor, " n"],
         bounds: Int[Tensor, " documents+1"],
-        balance: bool = False,
+        balance: bool | BalanceOf = False,
     ) -> list[V3Output]:
         """One output per depth. `logits(outputs[d - 1].hidden)` at token i predict token i + d + 1 of its document,
         and mean nothing on a document's last d + 1 tokens. `hidden` is the main model's, after the final norm: what
@@ -130,7 +134,7 @@ class V3Model(nn.Module):
             # Past the document's end there is no token: its last stands in, never another document's.
             later = torch.minimum(torch.arange(len(tokens), device=tokens.device) + depth, documents.last)
             hidden, routing = self._block(layer, F.embedding(tokens[later], self.embed), hidden, turn, documents)
-            outputs.append(self._output(hidden, [routing], bounds, balance))
+            outputs.append(self._output(hidden, [routing], bounds, balance, self.config.moe_layers + depth - 1))
         return outputs
 
     def logits(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n vocab"]:
@@ -175,13 +179,15 @@ class V3Model(nn.Module):
             return torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)
 
-    def _output(self, hidden, routings: list[Routing], bounds, balance: bool) -> V3Output:
+    def _output(self, hidden, routings: list[Routing], bounds, balance, first_row: int = 0) -> V3Output:
         c = self.config
         if not routings:
             empty = hidden.new_zeros((0, c.n_routed_experts), dtype=torch.long)
             return V3Output(hidden, empty, empty.new_zeros(len(hidden), 0, c.num_experts_per_tok))
         losses = None
-        if balance:
+        if callable(balance):
+            losses = torch.stack([balance(first_row + i, r) for i, r in enumerate(routings)])
+        elif balance:
             lengths = bounds.diff()
             ids = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
             losses = torch.stack([sequence_balance(r, c.num_experts_per_tok, ids, len(lengths)) for r in routings])
