@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from trainer.batch import Batch
 
@@ -21,7 +21,8 @@ class Sample:
     `advantage` is one number for the whole completion or one per token. `versions` lists, in order, (policy version,
     number of tokens it sampled). A `masked` sample (its checker failed, its completion was cut) teaches nothing.
     `routed_experts` is [prompt + completion tokens, moe_layers, k], -1 where the router chooses.
-    `loss_on_prompt` also trains the prompt's tokens, the first excepted: plain language modelling.
+    `loss_on_prompt` also trains the prompt's tokens, the first excepted: plain language modelling. `learned` picks the
+    tokens of the completion to learn from; none means all of them.
     """
 
     prompt_tokens: Sequence[int]
@@ -33,6 +34,7 @@ class Sample:
     teacher_logprobs: Sequence[float] | None = None
     routed_experts: Int[np.ndarray, "n moe_layers k"] | None = None
     loss_on_prompt: bool = False
+    learned: Sequence[bool] | None = None
 
     @property
     def length(self) -> int:
@@ -43,8 +45,18 @@ class Sample:
         """Tokens the loss looks at; a document's first token has nothing to be predicted from."""
         if self.masked:
             return 0
+        if self.learned is not None:
+            return int(self.loss_mask.sum())
         first = 0 if self.loss_on_prompt else len(self.prompt_tokens)
         return max(0, self.length - max(first, 1))
+
+    @property
+    def loss_mask(self) -> Bool[np.ndarray, " n"]:
+        """The tokens to learn of prompt and completion, whether `masked` or not."""
+        mask = np.full(self.length, self.loss_on_prompt)
+        mask[len(self.prompt_tokens) :] = True if self.learned is None else self.learned
+        mask[:1] = False
+        return mask
 
 
 PER_TOKEN = ("behaviour_logprobs", "teacher_logprobs")
@@ -101,7 +113,7 @@ def check(samples: Sequence[Sample], tokens_per_micro_batch: int) -> None:
                 f"sample {i} has {sample.length} tokens ({len(sample.prompt_tokens)} prompt + {n} completion), more "
                 f"than the {tokens_per_micro_batch} of a micro-batch: raise tokens_per_micro_batch or shorten samples"
             )
-        for name in PER_TOKEN:
+        for name in (*PER_TOKEN, "learned"):
             values = getattr(sample, name)
             if values is not None and len(values) != n:
                 problems.append(f"sample {i}: {name} has {len(values)} values for {n} completion tokens")
@@ -157,7 +169,7 @@ def _batch(samples: Sequence[Sample], streams: set[str]) -> Batch:
         completion = start + len(sample.prompt_tokens)
         tokens[start:completion] = sample.prompt_tokens
         tokens[completion:end] = sample.tokens
-        mask[end - sample.loss_tokens : end] = True
+        mask[start:end] = sample.loss_mask
         for name, stream in values.items():
             stream[completion:end] = getattr(sample, name)
             if name == "advantage" and sample.loss_on_prompt and np.ndim(sample.advantage) == 0:

@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,17 +15,20 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from trainer.balance import BalanceKind, BalanceLoss, HitCounter
 from trainer.batch import Batch
 from trainer.head import token_logprobs
 from trainer.model import hf
 from trainer.model.config import V3Config
-from trainer.model.v3 import V3Model
+from trainer.model.v3 import BalanceOf, V3Model
 from trainer.packing import to_device
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+
+NO_ROUTER = "a balance loss is asked for and this policy is no DeepSeek-V3 model with routed experts; set balance: none"
 
 
 class PolicyOptions(BaseModel):
@@ -105,19 +108,31 @@ class Policy(ABC):
         return zeros.index_copy(0, targets, values), entropies
 
     def next_token_loss(
-        self, batch: Batch, mtp_weight: float = 0.0
+        self,
+        batch: Batch,
+        mtp_weight: float = 0.0,
+        balance: BalanceKind = "none",
+        balance_weight: float = 0.0,
+        step_hits: Int[Tensor, "routers experts"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """This micro-batch's share of the step's mean cross-entropy in nats per token of the loss mask, plus
         `mtp_weight` / D times that of the D depths of multi-token prediction (DeepSeek-V3, arXiv 2412.19437, eq. 24
-        and 25), and the shares themselves (`loss`, `mtp_loss`). Temperature is 1. No wait for a GPU in here."""
+        and 25), plus `balance_weight` (α) times the balance loss of every router (eq. 17-20), the mean over the step's
+        sequences or over its tokens as one batch. Also the shares themselves: `loss`, `mtp_loss` and, where there are
+        several depths, `mtp_loss/<depth>`; `balance_loss`, the mean over the routers. Temperature is 1.
+
+        The batch-wise balance needs the whole step's `affinity_hits`; without, this micro-batch is taken for the whole
+        step. No wait for a GPU in here."""
         targets = self._targets(batch, 1, False)
         on_device = to_device(batch, self.device)
-        hidden = self.hidden(on_device)
+        balanced = balance != "none" and balance_weight > 0
+        measure = self._balance_loss(balance, on_device, step_hits) if balanced else None
+        hidden = self._measured_hidden(on_device, measure)
         values, _ = self._predict(hidden, on_device.tokens, targets, 1, 1.0, False)
         loss = -values.sum() / batch.total_tokens
         metrics = {"loss": loss.detach()}
         if mtp_weight:
-            depths = self._mtp_hidden(hidden, on_device)
+            depths = self._mtp_hidden(hidden, on_device, measure)
             losses = []
             for depth, deeper in enumerate(depths, start=1):
                 targets = self._targets(batch, depth + 1, False)
@@ -125,11 +140,36 @@ class Policy(ABC):
                 losses.append(-values.sum() / batch.total_tokens)
             mtp_loss = torch.stack(losses).mean()
             metrics["mtp_loss"] = mtp_loss.detach()
+            if len(losses) > 1:
+                metrics |= {f"mtp_loss/{depth}": part.detach() for depth, part in enumerate(losses, start=1)}
             loss = loss + mtp_weight * mtp_loss
+        if measure is not None:
+            metrics["balance_loss"] = measure.mean
+            loss = loss + balance_weight * measure.sum
         return loss, metrics
 
-    def _mtp_hidden(self, hidden: Tensor, batch: Batch) -> list[Float[Tensor, "n hidden"]]:
+    def affinity_hits(self, batches: Sequence[Batch], mtp: bool = False) -> Int[Tensor, "routers experts"]:
+        """How often each expert is among a token's k highest affinities, over all of `batches` (with `mtp` also in the
+        depths of multi-token prediction): what the batch-wise balance loss of a step in several micro-batches needs,
+        at the price of one forward pass."""
+        raise ValueError(NO_ROUTER)
+
+    def _balance_loss(self, kind: BalanceKind, batch: Batch, step_hits: Tensor | None) -> BalanceLoss:
+        raise ValueError(NO_ROUTER)
+
+    def _measured_hidden(self, batch: Batch, measure: BalanceOf | None) -> Float[Tensor, "n hidden"]:
+        assert measure is None, "only a policy with a router has a balance loss"
+        return self.hidden(batch)
+
+    def _mtp_hidden(
+        self, hidden: Tensor, batch: Batch, measure: BalanceOf | None = None
+    ) -> list[Float[Tensor, "n hidden"]]:
         raise ValueError("mtp_weight is set and this policy has no multi-token prediction; set it to 0")
+
+    @property
+    def router_layers(self) -> list[int]:
+        """The layer that each row of `take_router_load` belongs to, depths of multi-token prediction counted on."""
+        return []
 
     def take_router_load(self) -> Int[Tensor, "moe_layers experts"] | None:
         """Tokens sent to each expert in forward passes with gradient since the last call; None without a router."""
@@ -204,19 +244,51 @@ class V3Policy(Policy):
         self._load: Tensor | None = None
 
     def hidden(self, batch: Batch) -> Float[Tensor, "n hidden"]:
+        return self._measured_hidden(batch, None)
+
+    def _measured_hidden(self, batch: Batch, measure: BalanceOf | None) -> Float[Tensor, "n hidden"]:
         bounds = batch.bounds.to(self.device)  # the model lays its attention out where the bounds are
-        out = self.module(batch.tokens, batch.positions, bounds, batch.routed_experts)
+        out = self.module(batch.tokens, batch.positions, bounds, batch.routed_experts, measure or False)
         self._count(slice(0, len(out.load)), out.load)
         return out.hidden
 
-    def _mtp_hidden(self, hidden: Tensor, batch: Batch) -> list[Float[Tensor, "n hidden"]]:
+    def _mtp_hidden(
+        self, hidden: Tensor, batch: Batch, measure: BalanceOf | None = None
+    ) -> list[Float[Tensor, "n hidden"]]:
         if not self.module.config.num_nextn_predict_layers:
             raise ValueError("mtp_weight is set and num_nextn_predict_layers is 0: set one of them otherwise")
-        outputs = self.module.mtp(hidden, batch.tokens, batch.positions, batch.bounds.to(self.device))
+        bounds = batch.bounds.to(self.device)
+        outputs = self.module.mtp(hidden, batch.tokens, batch.positions, bounds, measure or False)
         for depth, out in enumerate(outputs):
             row = self.module.config.moe_layers + depth
             self._count(slice(row, row + 1), out.load)
         return [out.hidden for out in outputs]
+
+    def _balance_loss(self, kind: BalanceKind, batch: Batch, step_hits: Tensor | None) -> BalanceLoss:
+        if not self.router_layers:
+            raise ValueError(NO_ROUTER)
+        return BalanceLoss(kind, self.module.config.num_experts_per_tok, batch, step_hits)
+
+    @torch.no_grad()
+    def affinity_hits(self, batches: Sequence[Batch], mtp: bool = False) -> Int[Tensor, "routers experts"]:
+        config = self.module.config
+        if not self.router_layers:
+            raise ValueError(NO_ROUTER)
+        counter = HitCounter(
+            len(self.router_layers), config.n_routed_experts, config.num_experts_per_tok, self.device
+        )
+        for batch in batches:
+            there = to_device(batch, self.device)
+            hidden = self._measured_hidden(there, counter)
+            if mtp:
+                self._mtp_hidden(hidden, there, counter)
+        return counter.hits
+
+    @property
+    def router_layers(self) -> list[int]:
+        config = self.module.config
+        body = range(config.num_hidden_layers - config.moe_layers, config.num_hidden_layers)
+        return [*body, *(config.num_hidden_layers + depth for depth in range(config.num_nextn_predict_layers))]
 
     def _count(self, rows: slice, load: Tensor) -> None:
         if not torch.is_grad_enabled() or not len(load):

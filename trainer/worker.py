@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer import checkpoint
+from trainer.balance import BalanceKind, router_metrics
 from trainer.batch import Batch
 from trainer.checkpoint import CheckpointError
 from trainer.losses import LossOptions, Metrics, combine_metrics, policy_loss
@@ -66,8 +67,8 @@ class Trainer:
         Streams that the loss needs and a batch lacks are computed: the reference's log-probabilities, and old ones,
         the policy's before the first of these updates. The first minibatch needs no forward pass of its own for
         them: there old is the detached new. Returns the step's metrics (`trainer.losses.policy_loss`, and the means of
-        `grad_norm` and `lr` over the updates, `updates`, `router_max_violation`). An empty minibatch makes no update.
-        Raises GradientError with nothing updated by the minibatch at fault.
+        `grad_norm` and `lr` over the updates, `updates`, `trainer.balance.router_metrics`). An empty minibatch makes
+        no update. Raises GradientError with nothing updated by the minibatch at fault.
         """
         if self.loss is None:
             raise ValueError("this trainer was made without a loss: only next_token_step can train it")
@@ -100,14 +101,25 @@ class Trainer:
             metrics["policy_loss"] /= len(minibatches)  # a sum of shares, of which every minibatch has a whole
         return {**metrics, **_mean(updates), "updates": float(len(updates))}
 
-    def next_token_step(self, batches: Sequence[Batch], mtp_weight: float = 0.0) -> dict[str, float]:
+    def next_token_step(
+        self,
+        batches: Sequence[Batch],
+        mtp_weight: float = 0.0,
+        balance: BalanceKind = "none",
+        balance_weight: float = 0.0,
+    ) -> dict[str, float]:
         """One optimizer step of language modelling on the tokens of the loss masks (pre-training, SFT). Returns `loss`
-        (nats per token), `mtp_loss` where `mtp_weight` > 0, `tokens` and what the update reports."""
+        (nats per token), `mtp_loss` where `mtp_weight` > 0, `balance_loss` where `balance_weight` > 0 (see
+        `trainer.policy.Policy.next_token_loss`), `tokens` and what the update reports. The batch-wise balance is over
+        all tokens of the step; in more than one micro-batch that takes a forward pass ahead to count them."""
         if not batches:
             raise ValueError("next_token_step: no batches, or no sample in them has a token to learn")
         totals: dict[str, Tensor] = {}
+        hits = None
+        if balance == "batch" and balance_weight > 0 and len(batches) > 1:
+            hits = self.policy.affinity_hits(batches, mtp=mtp_weight > 0)
         for batch in batches:
-            loss, metrics = self.policy.next_token_loss(batch, mtp_weight)
+            loss, metrics = self.policy.next_token_loss(batch, mtp_weight, balance, balance_weight, hits)
             loss.backward()
             for name, value in metrics.items():
                 totals[name] = totals[name] + value if name in totals else value
@@ -119,9 +131,7 @@ class Trainer:
         metrics = self.optimizer.step()
         load = self.policy.take_router_load()
         if load is not None:
-            counts = load[load.sum(1) > 0].double()
-            # how far the fullest expert is above an even share, mean over layers ("MaxVio", arXiv 2408.15664, eq. 4)
-            metrics["router_max_violation"] = (counts.amax(1) / counts.mean(1) - 1).mean().item()
+            metrics |= router_metrics(load, self.policy.router_layers)
             if self._move_bias:
                 self.policy.update_router_bias(load, self.optimizer.options.router_bias_gamma)
         return metrics
