@@ -147,11 +147,14 @@ class MoE(nn.Module):
         self.experts = Experts(config, recipe)
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared = SwiGLU(config.hidden_size, shared, recipe) if shared else None
+        self.exchange = None  # trainer.parallel_experts: where the experts live on several ranks
 
     def forward(
         self, x: Float[Tensor, "n hidden"], replay: Int[Tensor, "n k"] | None = None
     ) -> tuple[Float[Tensor, "n hidden"], Routing]:
         routing = self.router(x, replay)
+        if self.exchange is not None:
+            return self.exchange(self, x, routing), routing
         y = self.experts(x, routing)
         return (y if self.shared is None else y + self.shared(x)), routing
 
