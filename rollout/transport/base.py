@@ -4,15 +4,16 @@ A transport is one file beside this one. `publish` runs where the trainer is, `r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: multiplying by it modulo 2^64 loses nothing
-_CHUNK = 1 << 20  # words summed at a time: bounds the memory of a fingerprint
+from rollout.transport.fingerprint import as_bytes, fingerprint, fingerprints
+
+__all__ = ["CorruptWeights", "Entry", "Manifest", "Received", "Transport", "as_bytes", "changed", "describe"]
+__all__ += ["describe_all", "fingerprint", "verify", "verify_all"]
 
 
 class CorruptWeights(ValueError):
@@ -52,51 +53,52 @@ class Transport(Protocol):
 
     def manifest(self, handle: Any) -> Manifest: ...
 
-    def receive(self, handle: Any) -> Iterator[tuple[str, Tensor]]:
-        """The tensors in the manifest's order, each verified. They may share memory with the transport: a receiver
-        copies what it keeps and writes to none. Raises CorruptWeights."""
+    def receive(self, handle: Any) -> Received:
+        """The tensors in the manifest's order, each verified. They may share memory with the transport and hold only
+        until the next one is asked for: a receiver copies what it keeps, on its current stream, and writes to none.
+        Raises CorruptWeights."""
         ...
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's memory as a flat uint8 tensor (a view where it is contiguous)."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
+class Received(Iterator[tuple[str, Tensor]]):
+    """(name, tensor) of one publication as they arrive, and the manifest that they were checked against."""
 
+    def __init__(self, manifest: Manifest, tensors: Iterator[tuple[str, Tensor]]):
+        self.manifest, self._tensors = manifest, tensors
 
-def fingerprint(tensor: Tensor) -> int:
-    """A 64-bit sum over the tensor's bytes, the same on every device: words of 8 bytes, each scrambled together with
-    its place by a bijection, summed modulo 2^64. One changed word always changes it; it guards against accidents, not
-    against an adversary."""
-    data = as_bytes(tensor)
-    rest = -len(data) % 8
-    if rest:
-        data = torch.cat([data, data.new_zeros(rest)])
-    words = data.view(torch.int64) if data.storage_offset() % 8 == 0 else data.clone().view(torch.int64)
-    total = 0
-    for start in range(0, len(words), _CHUNK):
-        part = words[start : start + _CHUNK]
-        place = torch.arange(start + 1, start + 1 + len(part), dtype=torch.int64, device=part.device)
-        part = part ^ place.mul_(_MULTIPLIER)
-        for _ in range(2):  # high bits reach the low ones, low ones the high
-            part = part.bitwise_xor_((part >> 32) & 0xFFFFFFFF).mul_(_MULTIPLIER)
-        total += int(part.bitwise_xor_((part >> 32) & 0xFFFFFFFF).sum())
-    return (total + tensor.numel()) % (1 << 64)
+    def __next__(self) -> tuple[str, Tensor]:
+        return next(self._tensors)
 
 
 def describe(name: str, tensor: Tensor) -> Entry:
     """The manifest's line for a tensor."""
-    return Entry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), fingerprint(tensor))
+    return describe_all([(name, tensor)])[0]
+
+
+def describe_all(named: Sequence[tuple[str, Tensor]]) -> list[Entry]:
+    """The manifest's lines for tensors, their fingerprints taken together."""
+    numbers = fingerprints([tensor for _, tensor in named])
+    return [
+        Entry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), number)
+        for (name, tensor), number in zip(named, numbers, strict=True)
+    ]
 
 
 def verify(entry: Entry, tensor: Tensor) -> None:
     """Raises CorruptWeights unless the tensor is the one the entry describes."""
-    found = describe(entry.name, tensor)
-    if found != entry:
-        what = next(key for key, value in asdict(entry).items() if asdict(found)[key] != value)
-        raise CorruptWeights(
-            f"weights arrived damaged: {entry.name} has {what} {getattr(found, what)}, "
-            f"published was {getattr(entry, what)}. Publish the weights again."
-        )
+    verify_all([entry], [tensor])
+
+
+def verify_all(entries: Sequence[Entry], tensors: Sequence[Tensor]) -> None:
+    """Raises CorruptWeights, naming the first tensor that is not what its entry describes."""
+    found = describe_all([(entry.name, tensor) for entry, tensor in zip(entries, tensors, strict=True)])
+    for ours, theirs in zip(found, entries, strict=True):
+        if ours != theirs:
+            what = next(key for key, value in asdict(theirs).items() if asdict(ours)[key] != value)
+            raise CorruptWeights(
+                f"weights arrived damaged: {theirs.name} has {what} {getattr(ours, what)}, "
+                f"published was {getattr(theirs, what)}. Publish the weights again."
+            )
 
 
 def changed(published: Manifest, held: Iterable[tuple[str, Tensor]]) -> list[str]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rollout.transport.base import CorruptWeights, Manifest, describe, verify
+from rollout.transport.base import CorruptWeights, Manifest, Received, describe, verify
 
 
 def read_folder(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -91,7 +91,10 @@ class DiskTransport:
     def manifest(self, handle: str) -> Manifest:
         return Manifest.from_json(self._read(handle))
 
-    def receive(self, handle: str) -> Iterator[tuple[str, Tensor]]:
+    def receive(self, handle: str) -> Received:
+        return Received(self.manifest(handle), self._tensors(handle))
+
+    def _tensors(self, handle: str) -> Iterator[tuple[str, Tensor]]:
         files = self._read(handle)["files"]
         for entry in self.manifest(handle).entries:
             try:

@@ -11,7 +11,7 @@ import ray
 import torch
 from torch import Tensor
 
-from rollout.transport.base import CorruptWeights, Entry, Manifest, as_bytes, describe, verify
+from rollout.transport.base import CorruptWeights, Entry, Manifest, Received, as_bytes, describe, verify
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,10 @@ class ObjectStoreTransport:
     def manifest(self, handle: Published) -> Manifest:
         return handle.manifest
 
-    def receive(self, handle: Published) -> Iterator[tuple[str, Tensor]]:
+    def receive(self, handle: Published) -> Received:
+        return Received(self.manifest(handle), self._tensors(handle))
+
+    def _tensors(self, handle: Published) -> Iterator[tuple[str, Tensor]]:
         refs = iter(handle.buckets)
         bucket, used = np.empty(0, np.uint8), 0
         for entry in handle.manifest.entries:
