@@ -179,6 +179,32 @@ def pretrain(config: ConfigFile, overrides: Overrides = None) -> None:
     typer.echo(str(folder))
 
 
+@app.command()
+def sft(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved run and what its rows amount to.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one.")
+    ] = False,
+) -> None:
+    """Supervised fine-tuning on conversations, questions with answers, text, or a dump of `generate`."""
+    from rlzero.display import counting
+    from rlzero.sft_config import SftConfig
+
+    settings = SftConfig.load(config, overrides or [])
+    from rlzero import sft as stage
+
+    with counting("reading") as progress:
+        if dry_run:
+            typer.echo("\n".join([settings.resolved_yaml(), *stage.prepare(settings, progress).describe()]))
+            return
+        folder = stage.train(settings, resume, typer.echo, progress)
+    typer.echo(str(folder))
+
+
 def _numbers(line: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in line.items())
 
