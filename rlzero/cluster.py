@@ -6,6 +6,8 @@ Nothing else in the project calls Ray's placement or supervision.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import os
 import socket
 import time
@@ -15,15 +17,23 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlzero import failures
 from rlzero.config import Config
+from rlzero.reading import UsageError
 from rollout.engine import Request, Rollout
 from rollout.worker import RolloutWorker
 from trainer.worker import Trainer
 
 GATHER_S = 0.25  # how long a worker collects ended rollouts before it reports them
+REPLACE_S = 20.0  # how long Ray gets to find another node for what ran on a dead one
 
 
 class ClusterError(RuntimeError):
@@ -47,6 +57,12 @@ class Placement:
     def bundles(self) -> list[dict[str, float]]:
         return [self.trainer, *self.workers]
 
+    @property
+    def local_cpus(self) -> int:
+        """CPUs that a Ray of the run's own offers: this machine's, or what the run needs to be placed, if that is more.
+        Processes that take turns share cores; their threads are counted for that."""
+        return max(os.cpu_count() or 1, math.ceil(sum(bundle["CPU"] for bundle in self.bundles)))
+
 
 def plan(config: Config, cores: int | None = None) -> Placement:
     """The placement that `config` asks for. Synchronous runs on a CPU take turns, so trainer and workers may each use
@@ -67,13 +83,17 @@ def plan(config: Config, cores: int | None = None) -> Placement:
 
 def connect(address: str | None, cpus: int | None = None) -> None:
     """Joins the cluster at `address` (`auto`: the one running here), or starts one on this machine that listens on
-    loopback only and offers `cpus` (none: as many as there are, at least two)."""
+    loopback only and offers `cpus` (none: as many as there are). Ray counts CPUs for placement only: how many threads
+    each process takes is set by `plan`."""
     if ray.is_initialized():
         return
     # Actors import the project from where this process found it.
     environment = {"PYTHONPATH": os.pathsep.join(p for p in _import_paths())}
     options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": environment}}
+    options["logging_level"] = logging.WARNING
+    failures.hush()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "30")  # a head that is gone: Ray ends this process
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other work on the machine stall the actors
     # Where several machines cannot form a cluster, Ray takes 127.0.0.1 for this node and all its servers bind to that.
     # It offers no other way: an address of 127.0.0.1 given to ray.init is replaced by the outer one.
@@ -90,7 +110,7 @@ def connect(address: str | None, cpus: int | None = None) -> None:
         return
     ray.init(
         address="local",  # else Ray would join whatever cluster it finds on this machine
-        num_cpus=cpus or max(2, os.cpu_count() or 1),
+        num_cpus=cpus or os.cpu_count() or 1,
         include_dashboard=False,
         object_store_memory=1 << 29,
         **options,
@@ -167,7 +187,7 @@ class Cluster:
         self._started_ray = not ray.is_initialized() and config.cluster.address is None
 
     def __enter__(self) -> Cluster:
-        connect(self.config.cluster.address)
+        connect(self.config.cluster.address, self.placement.local_cpus)
         try:
             check_resources(self.placement)
             self.group = placement_group(self.placement.bundles, strategy="PACK")
@@ -195,7 +215,7 @@ class Cluster:
         """An actor of `cls` in bundle `index` of the placement group; `kwargs["threads"]` are its CPU threads."""
         bundle = self.placement.bundles[index]
         handle = (
-            ray.remote(cls)
+            ray.remote(failures.reporting(cls))
             .options(
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
@@ -206,6 +226,25 @@ class Cluster:
             .remote(*args, **kwargs)
         )
         return Actor(handle, name)
+
+    async def replaced(self) -> None:
+        """Waits until every process of the run has a living node. Ray moves what ran on a dead node to others that have
+        room; raises `ClusterError` where none has after REPLACE_S: an actor without a home would wait for ever."""
+        until_s = time.monotonic() + REPLACE_S
+        while True:
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            homes = placement_group_table(self.group)["bundles_to_node_id"]
+            lost = [i for i in range(len(self.placement.bundles)) if homes.get(i) not in {n["NodeID"] for n in nodes}]
+            if not lost:
+                return
+            if time.monotonic() > until_s:
+                names = ", ".join("the trainer" if i == 0 else f"rollout worker {i - 1}" for i in lost)
+                needs = "; ".join(_resources(self.placement.bundles[i]) for i in lost)
+                raise ClusterError(
+                    f"a node of the cluster died, and no other has room for what ran on it: {names}, needing {needs}. "
+                    f"{len(nodes)} node(s) are alive; bring the node back or lower rollout.workers, then --resume"
+                )
+            await asyncio.sleep(0.5)
 
     def trainer(self, *args: Any, **kwargs: Any) -> TrainerHandle:
         actor = self.start(TrainerActor, 0, "trainer", args, {**kwargs, "threads": self.placement.trainer_threads})
@@ -238,6 +277,15 @@ class Actor:
             ) from error
         except ray.exceptions.ObjectLostError as error:  # published weights, the only objects an actor makes
             raise TrainerDied(f"the trainer's process died before {self.name} had its weights: {error}") from error
+        except ray.exceptions.RayTaskError as error:
+            raise failures.original(error, self.name, method) from error
+
+    async def opened(self, deadline_s: float) -> None:
+        """Waits until the process has made what it owns. Raises `UsageError` where what it was given cannot be used."""
+        try:
+            await self.call("opened", deadline_s=deadline_s)
+        except (FileNotFoundError, ValueError) as error:
+            raise UsageError(f"the {self.name} cannot start: {error}") from error
 
     def kill(self) -> None:
         ray.kill(self.handle, no_restart=True)
@@ -251,13 +299,13 @@ class TrainerHandle:
 
     async def ready(self, deadline_s: float) -> None:
         """Waits until the trainer has loaded its policy."""
-        await self.call("pid", deadline_s=deadline_s)
+        await self.actor.opened(deadline_s)
 
     async def call(self, method: str, *args: Any, deadline_s: float | None = None, **kwargs: Any) -> Any:
         try:
             return await self.actor.call(method, *args, deadline_s=deadline_s or self.deadline_s, **kwargs)
         except ray.exceptions.RayActorError as error:
-            raise TrainerDied(f"the trainer's process died during '{method}': {error}") from error
+            raise TrainerDied(f"the trainer's process died during '{method}' ({failures.death(error)})") from error
 
 
 class Fleet:
@@ -279,7 +327,7 @@ class Fleet:
     async def ready(self) -> None:
         """Waits until every engine has loaded its weights."""
         deadline_s = self.cluster.config.cluster.deadline_s
-        await asyncio.gather(*(worker.call("ping", deadline_s=deadline_s) for worker in self.workers))
+        await asyncio.gather(*(worker.opened(deadline_s) for worker in self.workers))
 
     async def submit(self, groups: Sequence[list[Request]]) -> None:
         """Gives out groups of requests, the first to the first worker and so on in turn."""
@@ -305,6 +353,8 @@ class Fleet:
             except ray.exceptions.RayActorError as error:
                 await self._revive(index, error)
                 continue
+            except ray.exceptions.RayTaskError as error:
+                raise failures.original(error, self.workers[index].name, "completed") from error
             for rollout in ended:
                 self.open[index].pop(rollout.id, None)
             if ended:
@@ -346,11 +396,14 @@ class Fleet:
         """A new worker in the place of a dead one: current weights, unfinished requests from their start."""
         if self.restarts_left == 0:
             name = self.workers[index].name
-            raise ClusterError(f"{name} died again after {self.restarts} restarts: {error}") from error
+            raise ClusterError(
+                f"{name} died again after {self.restarts} restarts ({failures.death(error)})"
+            ) from error
         self.restarts_left -= 1
         self.restarts += 1
+        await self.cluster.replaced()
         worker = self.workers[index] = self.cluster.worker(index, self.kind, self.folder, self.options)
-        await worker.call("ping", deadline_s=self.cluster.config.cluster.deadline_s)
+        await worker.opened(self.cluster.config.cluster.deadline_s)
         if self.weights is not None:
             await worker.call("update", *self.weights, deadline_s=self.deadline_s)
         if self.open[index]:
