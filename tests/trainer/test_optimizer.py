@@ -1,6 +1,8 @@
 """AdamW against its paper in float64, masters, clipping, schedules, and state that goes on bit for bit."""
 
 import math
+import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ def run(optimizer, params, grads):
 def adamw_float64(params, grads, options):
     """Algorithm 2 of arXiv 1711.05101 after clipping by the global norm; decay of matrices only."""
     theta = {n: p.detach().double().clone() for n, p in params.items()}
+    beta1, beta2 = options.betas
     m = {n: torch.zeros_like(t) for n, t in theta.items()}
     v = {n: torch.zeros_like(t) for n, t in theta.items()}
     for step, grad in enumerate(grads):
@@ -40,12 +43,12 @@ def adamw_float64(params, grads, options):
         lr = learning_rate(options, step)
         for n in theta:
             g = grad[n].double() * scale
-            m[n] = options.beta1 * m[n] + (1 - options.beta1) * g
-            v[n] = options.beta2 * v[n] + (1 - options.beta2) * g**2
-            m_hat = m[n] / (1 - options.beta1 ** (step + 1))
-            v_hat = v[n] / (1 - options.beta2 ** (step + 1))
+            m[n] = beta1 * m[n] + (1 - beta1) * g
+            v[n] = beta2 * v[n] + (1 - beta2) * g**2
+            m_hat = m[n] / (1 - beta1 ** (step + 1))
+            v_hat = v[n] / (1 - beta2 ** (step + 1))
             decay = options.weight_decay if theta[n].ndim >= 2 else 0.0
-            theta[n] -= lr * (m_hat / (v_hat.sqrt() + options.eps) + decay * theta[n])
+            theta[n] -= lr * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta[n])
     return theta
 
 
@@ -85,7 +88,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
 
 def test_the_gradient_is_clipped_by_its_global_norm_and_dropped_after_the_step():
     params = parameters()
-    optimizer = Optimizer(params.items(), OptimizerOptions(beta1=0.0, max_grad_norm=0.5))
+    optimizer = Optimizer(params.items(), OptimizerOptions(betas=(0.0, 0.95), max_grad_norm=0.5))
     (params["matrix"].sum() * 3 + params["norm"].sum() * 4).backward()
     assert optimizer.step()["grad_norm"] == pytest.approx(math.sqrt(12 * 9 + 3 * 16))
     moments = optimizer.state()  # without momentum the first moment is the clipped gradient
@@ -164,3 +167,148 @@ def test_a_falling_schedule_needs_an_end():
         OptimizerOptions(schedule="cosine")
     with pytest.raises(ValidationError, match="found 5"):
         OptimizerOptions(schedule="linear", warmup_steps=5, total_steps=5)
+
+
+def test_bfloat16_moments_cost_less_than_a_hundredth_of_the_way():
+    """DeepSeek-V3 keeps both moments in BF16 (arXiv 2412.19437, section 3.3.2). Each is rounded to 8 bits a step, so
+    over 40 steps of a drifting gradient the parameters must stay within 1 % of the way that exact AdamW goes."""
+    options = OptimizerOptions(lr=1e-2, moments="bfloat16", weight_decay=0.1)
+    params = parameters()
+    start = {n: p.detach().double() for n, p in params.items()}
+    common = gradients(1)[0]
+    grads = [{n: common[n] + 0.5 * g for n, g in grad.items()} for grad in gradients(40)]
+    expected = adamw_float64(params, grads, options)
+    optimizer = Optimizer(params.items(), options)
+    run(optimizer, params, grads)
+    state = optimizer.state()
+    for name, p in params.items():
+        assert state[f"exp_avg/{name}"].dtype == state[f"exp_avg_sq/{name}"].dtype == torch.bfloat16
+        error, way = p.detach().double() - expected[name], expected[name] - start[name]
+        assert error.norm() < 1e-2 * way.norm(), name
+
+
+def test_bfloat16_moments_need_a_second_moment_that_forgets():
+    with pytest.raises(ValidationError, match=r"betas\[1\] = 0.999.*stand still"):
+        OptimizerOptions(moments="bfloat16", betas=(0.9, 0.999))
+
+
+def test_one_micro_batch_makes_no_second_copy_of_a_gradient():
+    """The gradient of a single micro-batch is kept as it came, in BF16; a second one is added in float32."""
+    p = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    optimizer = Optimizer([("p", p)], OptimizerOptions())
+    made = []
+    p.register_hook(lambda gradient: made.append(gradient.data_ptr()))
+    (p * 3).sum().backward()
+    kept = optimizer._gradients["p"]
+    assert p.grad is None and kept.dtype == torch.bfloat16 and kept.data_ptr() == made[0]
+    (p * 3).sum().backward()
+    assert optimizer._gradients["p"].dtype == torch.float32
+
+
+def muon_float64(gradient, momentum, lr, weight_decay, theta):
+    """One step of Muon with Nesterov momentum 0.95 (Jordan et al., 2024), the step scaled to AdamW's: RMS 0.2
+    (arXiv 2502.16982, eq. 4). The direction comes from an SVD's singular vectors and the quintic iteration on the
+    singular values, which is what Newton-Schulz on the matrix computes."""
+    momentum = 0.95 * momentum + 0.05 * gradient
+    update = 0.05 * gradient + 0.95 * momentum
+    u, s, vh = torch.linalg.svd(update / update.norm(), full_matrices=False)
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    step = 0.2 * math.sqrt(max(theta.shape)) * (u * s) @ vh
+    return theta * (1 - lr * weight_decay) - lr * step, momentum
+
+
+def test_muon_moves_every_matrix_of_a_stack_and_adamw_the_rest():
+    g = torch.Generator().manual_seed(0)
+    shapes = {"experts.w2": (3, 8, 6), "attn.weight": (6, 8), "embed": (5, 4), "norm": (4,)}
+    params = {n: torch.nn.Parameter(torch.randn(shape, generator=g)) for n, shape in shapes.items()}
+    options = OptimizerOptions(algorithm="muon", lr=1e-2, max_grad_norm=1e9)
+    grads = [{n: torch.randn(shape, generator=g) for n, shape in shapes.items()} for _ in range(3)]
+    expected = adamw_float64(params, grads, options)
+    for name in ("experts.w2", "attn.weight"):
+        theta = params[name].detach().double()
+        matrices = list(theta) if theta.ndim == 3 else [theta]
+        moved = []
+        for i, matrix in enumerate(matrices):
+            momentum = torch.zeros_like(matrix)
+            for grad in grads:
+                gradient = (grad[name][i] if theta.ndim == 3 else grad[name]).double()
+                matrix, momentum = muon_float64(gradient, momentum, 1e-2, options.weight_decay, matrix)
+            moved.append(matrix)
+        expected[name] = torch.stack(moved).view_as(theta)
+    optimizer = Optimizer(params.items(), options)
+    run(optimizer, params, grads)
+    for name, p in params.items():
+        # torch iterates in BF16: 8 bits of a step of RMS 0.2 lr
+        bound = 3 * 1e-2 * 2**-6 if name in ("experts.w2", "attn.weight") else 1e-6
+        torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=bound)
+    assert {k.partition("/")[0] for k in optimizer.state() if k.endswith("w2")} == {"momentum", "step"}
+
+
+@pytest.mark.parametrize("change", [{"moments": "bfloat16"}, {"algorithm": "muon"}])
+def test_other_states_go_on_bit_for_bit_too(change):
+    options = OptimizerOptions(lr=1e-2, **change)
+    grads = gradients(6)
+    whole = parameters(torch.bfloat16)
+    run(Optimizer(whole.items(), options), whole, grads)
+    params = parameters(torch.bfloat16)
+    first = Optimizer(params.items(), options)
+    run(first, params, grads[:3])
+    again = {n: torch.nn.Parameter(p.detach().clone()) for n, p in params.items()}
+    second = Optimizer(again.items(), options)
+    second.allocate()  # as a checkpoint that is loaded in place wants it
+    second.load_state({name: tensor.clone() for name, tensor in first.state().items()}, first.steps)
+    run(second, again, grads[3:])
+    assert all(torch.equal(whole[n], again[n]) for n in whole)
+
+
+def _sharded_steps(rank, port, queue):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        placements = {"matrix": Shard(1), "norm": Replicate()}  # 3 columns: 2 and 1
+        params = {
+            name: torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [placements[name]]))
+            for name, p in parameters(torch.bfloat16).items()
+        }
+        optimizer = Optimizer(params.items(), OPTIONS)
+        for grad in gradients(4):
+            for name, p in params.items():
+                p.grad = distribute_tensor(grad[name].bfloat16(), mesh, [placements[name]])
+                for hook in p._post_accumulate_grad_hooks.values():  # as FSDP2 does after its reduce-scatter
+                    hook(p)
+            norm = optimizer.step()["grad_norm"]
+        full = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in optimizer.state().items()}
+        again = Optimizer(params.items(), OPTIONS)
+        again.load_state(full, 4)  # whole tensors, each rank takes its part
+        same = all(torch.equal(t.full_tensor(), full[n]) for n, t in again.state().items() if "master" in n)
+        queue.put((rank, norm, {n: t.float().numpy() for n, t in full.items()}, same))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_sharded_parameters_are_updated_as_whole_ones():
+    """DTensors over two ranks, uneven shards and a replicated tensor: the norm and every update are those of one
+    process (bound: the norm's sum in another order, 1e-6)."""
+    params, grads = parameters(torch.bfloat16), gradients(4)
+    alone = Optimizer(params.items(), OPTIONS)
+    expected = run(alone, params, [{n: g.bfloat16().float() for n, g in grad.items()} for grad in grads])["grad_norm"]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [context.Process(target=_sharded_steps, args=(rank, port, queue)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = [queue.get(timeout=90) for _ in ranks]
+    for process in ranks:
+        process.join(30)
+    for _, norm, state, same in found:
+        assert norm == pytest.approx(expected, rel=1e-6) and same
+        for name, tensor in alone.state().items():
+            torch.testing.assert_close(torch.from_numpy(state[name]), tensor, rtol=1e-5, atol=1e-6)
