@@ -7,6 +7,10 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+# `quantization_config` of DeepSeek's released FP8 weights: E4M3, one float32 scale per 128x128 block
+# (README_WEIGHTS.md of DeepSeek-V3).
+FP8_BLOCKS = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+
 
 @dataclass(frozen=True)
 class V3Config:
@@ -87,6 +91,12 @@ class V3Config:
             for name, value in fixed.items()
             if found.get(name, value) != value
         ]
+        if quantization := found.get("quantization_config"):
+            wrong += [
+                f"quantization_config.{name} is {quantization.get(name)!r}, this release reads {value!r} only"
+                for name, value in FP8_BLOCKS.items()
+                if name != "activation_scheme" and quantization.get(name, value if name == "fmt" else None) != value
+            ]
         known = {field.name for field in fields(cls)}
         values = {name: value for name, value in found.items() if name in known}
         if "num_nextn_predict_layers" not in found and "num_mtp_layers" in found:

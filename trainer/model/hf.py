@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.model.config import V3Config
+from trainer.model.config import FP8_BLOCKS, V3Config
+from trainer.model.folder import SCALE, Entry, FolderReader, FolderWriter, refuse
 from trainer.model.layers import SwiGLU
 from trainer.model.moe import MoE
 from trainer.model.v3 import Block, V3Model
-from trainer.precision.quantize import FLOAT8, Quantized
+from trainer.precision.quantize import FLOAT8, Quantized, block_scales_shape, quantize_blocks
 from trainer.precision.recipe import Recipe
 
 SHARD_BYTES = 4 * 1024**3
+Format = Literal["fp32", "bf16", "fp8"]
+_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: of what is not quantized
+
+# What DeepSeek's FP8 release quantizes: every Linear of attention, MLP and experts. Embedding, head, router, norms and
+# MTP's eh_proj stay BF16, the router's bias float32.
+_QUANTIZED = re.compile(
+    r"\.(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
+    r"|mlp\.((shared_experts|experts\.\d+)\.)?(gate|up|down)_proj)\.weight$"
+)
 
 
 def named_checkpoint_tensors(model: V3Model, mtp: bool = True) -> Iterator[tuple[str, Tensor]]:
@@ -89,67 +98,154 @@ def load_checkpoint_tensors(model: V3Model, tensors: Iterable[tuple[str, Tensor]
     and wrongly shaped tensor, and MTP copies of embedding or head that are not the main model's (this model shares
     them). Such copies and, in a tied model, `lm_head.weight` may be absent."""
     places = dict(named_checkpoint_tensors(model))
-    shared = {name for name in places if name.endswith(".shared_head.head.weight") or ".embed_tokens." in name}
-    shared.discard("model.embed_tokens.weight")
-    if model.head is None:
-        shared.add("lm_head.weight")
-    copies: dict[str, Tensor] = {}
-    missing, wrong = set(places) - shared, []
-    for name, tensor in tensors:
-        place = places.get(name)
-        if place is None:
-            wrong.append(f"unexpected: {name} {list(tensor.shape)}")
-        elif place.shape != tensor.shape:
-            wrong.append(f"shape: {name} is {list(tensor.shape)}, the model has {list(place.shape)}")
-        elif name in shared:
-            copies[name] = tensor
-        else:
-            place.copy_(tensor)
-        missing.discard(name)
-    wrong += [f"missing: {name}" for name in sorted(missing)]
-    for name, tensor in copies.items():
+    copies = _copies(model, places)
+    early: dict[str, Tensor] = {}  # copies that came before what they are copies of
+    missing, wrong = set(places) - set(copies), []
+
+    def compare(name: str, tensor: Tensor) -> None:
         if not torch.equal(places[name], tensor.to(places[name])):
             wrong.append(f"differs: {name} is not the main model's, and this model shares them")
+
+    for name, tensor in tensors:
+        if mistake := _misfit(places, name, tensor.shape):
+            wrong.append(mistake)
+        elif name not in copies:
+            places[name].copy_(tensor)
+        elif copies[name] in missing:
+            early[name] = tensor
+        else:
+            compare(name, tensor)
+        missing.discard(name)
+    for name, tensor in early.items():
+        compare(name, tensor)
+    wrong += [f"missing: {name}" for name in sorted(missing)]
     if wrong:
-        raise ValueError(f"the checkpoint does not fit the model ({len(wrong)} mistakes):\n  " + "\n  ".join(wrong))
+        refuse("the checkpoint does not fit the model", wrong)
 
 
-def save_folder(model: V3Model, folder: str | Path, tokenizer: Any = None) -> None:
+def load_weights(model: V3Model, folder: str | Path) -> None:
+    """Fills the model from a Hugging Face folder, one tensor at a time; DeepSeek's FP8 weights are dequantized.
+
+    All that the files' headers can tell is checked before the first weight changes: ValueError lists missing and
+    damaged files, missing scales, and what `load_checkpoint_tensors` lists. Errors: FileNotFoundError."""
+    reader = FolderReader(folder)
+    places = dict(named_checkpoint_tensors(model))
+    missing = set(places) - set(_copies(model, places)) - set(reader.entries) - reader.lost
+    weights = [entry for name, entry in reader.entries.items() if not name.endswith(SCALE)]
+    wrong = [mistake for entry in weights if (mistake := _misfit(places, entry.name, entry.shape))]
+    wrong = [*reader.problems, *wrong, *(f"missing: {name}" for name in sorted(missing))]
+    if wrong:
+        refuse(f"{folder} does not fit the model", wrong)
+    load_checkpoint_tensors(model, iter(reader))
+
+
+def _copies(model: V3Model, places: Iterable[str]) -> dict[str, str]:
+    """Names under which a folder may repeat an embedding or a head, and whose copies they are."""
+    head = "model.embed_tokens.weight" if model.head is None else "lm_head.weight"
+    copies = {name: head for name in places if name.endswith(".shared_head.head.weight")}
+    copies |= {name: "model.embed_tokens.weight" for name in places if ".embed_tokens." in name}
+    del copies["model.embed_tokens.weight"]
+    return copies | ({"lm_head.weight": head} if model.head is None else {})
+
+
+def _misfit(places: dict[str, Tensor], name: str, shape: Iterable[int]) -> str | None:
+    if name not in places:
+        return f"unexpected: {name} {list(shape)}"
+    if places[name].shape != torch.Size(shape):
+        return f"shape: {name} is {list(shape)}, the model has {list(places[name].shape)}"
+    return None
+
+
+# ---- folders ----
+
+
+def layout(tensors: Iterable[tuple[str, Tensor]], format: Format | None = None) -> Iterator[Entry]:
+    """What a folder of these tensors holds in `format` (None: each in its own dtype). Tensors may be on meta."""
+    return (stored for name, t in tensors for stored in _stored_as(Entry(name, t.dtype, tuple(t.shape)), format))
+
+
+def _stored_as(entry: Entry, format: Format | None) -> Iterator[Entry]:
+    if format == "fp8" and _QUANTIZED.search(entry.name):
+        yield Entry(entry.name, FLOAT8, entry.shape)
+        yield Entry(entry.name + SCALE, torch.float32, block_scales_shape(*entry.shape))
+    else:
+        keep = format is None or entry.name.endswith("e_score_correction_bias")
+        yield Entry(entry.name, entry.dtype if keep else _DTYPE[format], entry.shape)
+
+
+def _encode(name: str, tensor: Tensor, format: Format | None, scales: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    (first, *more) = _stored_as(Entry(name, tensor.dtype, tuple(tensor.shape)), format)
+    if not more:
+        yield name, tensor.to(first.dtype)
+        return
+    quantized = quantize_blocks(tensor, keep=None if scales is None else scales.to(tensor.device))
+    yield first.name, quantized.values
+    yield more[0].name, quantized.scales
+
+
+def save_folder(
+    model: V3Model,
+    folder: str | Path,
+    tokenizer: Any = None,
+    format: Format | None = None,
+    scales: Callable[[str], Tensor | None] = lambda weight: None,
+    shard_bytes: int | None = None,
+) -> None:
     """Writes config.json and safetensors (several files above 4 GiB), and the tokenizer when given, as a folder that
-    transformers and vLLM load. Not atomic: trainer.checkpoint writes into a folder it renames."""
+    transformers and vLLM load. One tensor at a time is copied to the host.
+
+    `format` fp8 is that of DeepSeek's release (E4M3 in blocks of 128x128, the rest BF16); None keeps the model's dtype.
+    The scales of blocks that still fit are taken from `scales`, for example a `FolderReader.scale` of the FP8 folder
+    that the model was loaded from: unchanged weights then give that folder's bytes. Without them the first FP8 export
+    of a BF16 model may move scales by 2^-8 of their value (E4M3 codes stay, where the largest of a block was 448), and
+    every later one repeats it exactly. Not atomic: trainer.checkpoint writes into a folder it renames.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = str(model.embed.dtype).removeprefix("torch.")
+    dtype = str(_DTYPE[format] if format else model.embed.dtype).removeprefix("torch.")
     config = {**model.config.to_hf(), "torch_dtype": dtype}
+    if format == "fp8":
+        config["quantization_config"] = FP8_BLOCKS
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shards: list[list[str]] = [[]]
-    filled = total = 0
-    for name, tensor in named_checkpoint_tensors(model):
-        if shards[-1] and filled + tensor.nbytes > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += tensor.nbytes
-        total += tensor.nbytes
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    tensors = named_checkpoint_tensors(model)
-    for file, names in zip(files, shards, strict=True):
-        # clone: safetensors refuses views of one storage (an expert of the stack, a copy of the embedding)
-        shard = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in _take(tensors, len(names))}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    entries = layout(named_checkpoint_tensors(model), format)
+    with FolderWriter(folder, entries, shard_bytes or SHARD_BYTES) as writer:
+        for name, tensor in named_checkpoint_tensors(model):
+            for stored in _encode(name, tensor, format, scales(name)):
+                writer.write(*stored)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
 
 
-def _take(tensors: Iterator[tuple[str, Tensor]], count: int) -> Iterator[tuple[str, Tensor]]:
-    for _ in range(count):
-        yield next(tensors)
+def convert_folder(source: str | Path, target: str | Path, format: Format, shard_bytes: int | None = None) -> None:
+    """Writes the weights and config.json of one DeepSeek-V3 folder to another in `format`, one tensor at a time and
+    without a model. What already is in that format keeps its bytes. Other files are the caller's. Errors: as
+    `V3Config.load` and `FolderReader.check` raise."""
+    source, target = Path(source), Path(target)
+    V3Config.load(source)
+    config = json.loads((source / "config.json").read_text())
+    config.pop("quantization_config", None)
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(_DTYPE[format]).removeprefix("torch.")
+    if format == "fp8":
+        config["quantization_config"] = FP8_BLOCKS
+    reader = FolderReader(source)
+    reader.check()
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = [entry for name, entry in reader.entries.items() if not name.endswith(SCALE)]
+    entries = (stored for entry in weights for stored in _stored_as(entry, format))
+    with FolderWriter(target, entries, shard_bytes or SHARD_BYTES) as writer:
+        for entry, tensor in reader.stored():
+            if entry.name.endswith(SCALE):
+                continue
+            scale = reader.scale(entry.name)
+            if scale is not None and format == "fp8" and _QUANTIZED.search(entry.name):
+                writer.write(entry.name, tensor)
+                writer.write(entry.name + SCALE, scale.float())
+                continue
+            if scale is not None:
+                tensor = Quantized(tensor, scale).dequantize()
+            for stored in _encode(entry.name, tensor, format, None):
+                writer.write(*stored)
 
 
 def load_folder(
@@ -160,39 +256,18 @@ def load_folder(
     activation_checkpointing: bool = False,
 ) -> V3Model:
     """The model of a Hugging Face folder, in `dtype` (None: that of the file's embedding). DeepSeek's FP8 weights are
-    dequantized. Errors: FileNotFoundError; ValueError as `V3Config.load` and `load_checkpoint_tensors` raise."""
+    dequantized. Beside the model, the host holds one tensor at a time. Errors: FileNotFoundError; ValueError as
+    `V3Config.load` and `load_weights` raise."""
     config = V3Config.load(folder)
     with torch.device("meta"):
         model = V3Model(config, recipe, activation_checkpointing)
-    reader = FolderReader(folder)
-    model = model.to(dtype or reader.dtype("model.embed_tokens.weight")).to_empty(device=device)
-    load_checkpoint_tensors(model, iter(reader))
+    if dtype is None:
+        reader = FolderReader(folder)
+        reader.check()
+        embedding = reader.entries.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise ValueError(f"{folder} holds no tensor model.embed_tokens.weight: expected DeepSeek-V3 weights")
+        dtype = embedding.dtype
+    model = model.to(dtype).to_empty(device=device)
+    load_weights(model, folder)
     return model
-
-
-class FolderReader:
-    """The tensors of a folder's safetensors, one at a time, FP8 ones dequantized to float32 by their scales."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.files = sorted(Path(folder).glob("*.safetensors"))
-        if not self.files:
-            raise FileNotFoundError(f"{folder} holds no *.safetensors: expected the weights of a Hugging Face folder")
-        self.open = [safe_open(file, framework="pt") for file in self.files]
-        self.where = {name: handle for handle in self.open for name in handle.keys()}  # noqa: SIM118
-
-    def dtype(self, name: str) -> torch.dtype:
-        if name not in self.where:
-            raise ValueError(f"{self.files[0].parent} holds no tensor {name}: expected DeepSeek-V3 weights")
-        return self.where[name].get_tensor(name).dtype
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, handle in self.where.items():
-            if name.endswith("_scale_inv"):
-                continue
-            tensor = handle.get_tensor(name)
-            if tensor.dtype == FLOAT8:  # DeepSeek's released weights
-                scale_name = f"{name}_scale_inv"
-                if scale_name not in self.where:
-                    raise ValueError(f"{name} is FP8 without {scale_name}: expected one scale per 128x128 block")
-                tensor = Quantized(tensor, self.where[scale_name].get_tensor(scale_name)).dequantize()
-            yield name, tensor

@@ -26,10 +26,14 @@ class Quantized:
     def dequantize(self) -> Float[Tensor, "rows columns"]:
         """float32."""
         rows, columns = self.values.shape
+        result = self.values.float()
         scales = self.scales.float().repeat_interleave(TILE, 1)[:, :columns]
-        if len(self.scales) != rows:  # blocks
-            scales = scales.repeat_interleave(TILE, 0)[:rows]
-        return self.values.float() * scales
+        if len(scales) == rows:  # tiles; also blocks of a single row
+            return result.mul_(scales)
+        whole = rows // TILE * TILE  # a block's rows take its scales without a copy of them for every row
+        result[:whole].view(-1, TILE, columns).mul_(scales[: whole // TILE, None])
+        result[whole:].mul_(scales[-1])
+        return result
 
 
 def quantize_tiles(x: Float[Tensor, "rows columns"]) -> Quantized:
@@ -41,12 +45,31 @@ def quantize_tiles(x: Float[Tensor, "rows columns"]) -> Quantized:
     return Quantized(_round(values), scales)
 
 
-def quantize_blocks(w: Float[Tensor, "rows columns"]) -> Quantized:
-    """Blocks of 128x128; those at the lower and right edge may be smaller."""
+def block_scales_shape(rows: int, columns: int) -> tuple[int, int]:
+    """[⌈rows/128⌉, ⌈columns/128⌉]"""
+    return -(-rows // TILE), -(-columns // TILE)
+
+
+def quantize_blocks(
+    w: Float[Tensor, "rows columns"], keep: Float[Tensor, "block_rows block_columns"] | None = None
+) -> Quantized:
+    """Blocks of 128x128; those at the lower and right edge may be smaller. The largest magnitude of a block becomes
+    448.
+
+    `keep` are the scales that the weights had in FP8. A block whose largest magnitude still is between 224 and 448
+    times its old scale, or 0, keeps it: weights that came from FP8, also by way of BF16, get the same bytes again,
+    whatever the rule that made their scales.
+    """
     rows, columns = w.shape
     padded = F.pad(w.float(), (0, -columns % TILE, 0, -rows % TILE))
     blocks = padded.view(padded.shape[0] // TILE, TILE, padded.shape[1] // TILE, TILE)
-    scales = _scales(blocks.abs().amax((1, 3)))
+    largest = torch.maximum(blocks.amax((1, 3)), -blocks.amin((1, 3)))  # abs() would be another copy
+    scales = _scales(largest)
+    if keep is not None:
+        slack = 2**-8  # half of BF16's last place: what rounding may have added or taken
+        ratio = largest / keep.float()
+        fits = (ratio <= LARGEST * (1 + slack)) & ((ratio >= LARGEST / 2 * (1 - slack)) | (largest == 0))
+        scales = torch.where(fits, keep.float(), scales)
     values = (blocks / scales[:, None, :, None]).view(padded.shape)[:rows, :columns]
     return Quantized(_round(values), scales)
 
@@ -58,5 +81,6 @@ def _scales(largest: Tensor) -> Tensor:
 
 
 def _round(values: Tensor) -> Tensor:
+    """Overwrites `values`."""
     # Division may give 448.00003, and casts to E4M3 differ in what they make of values out of range.
-    return values.clamp(-LARGEST, LARGEST).to(FLOAT8)
+    return values.clamp_(-LARGEST, LARGEST).to(FLOAT8)
