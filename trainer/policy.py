@@ -316,12 +316,15 @@ class V3Policy(Policy):
         hf.save_folder(self.module, folder)
 
     def load_weights(self, folder: Path) -> None:
+        self._check_architecture(folder)
+        hf.load_checkpoint_tensors(self.module, iter(hf.FolderReader(folder)))
+
+    def _check_architecture(self, folder: Path) -> None:
         found = V3Config.load(folder)
         if found != self.module.config:
             ours, theirs = self.module.config.to_hf(), found.to_hf()
             differ = [f"{k} is {theirs[k]}, here {ours[k]}" for k in ours if ours[k] != theirs[k]]
             raise ValueError(f"{folder} holds another architecture: {'; '.join(differ)}")
-        hf.load_checkpoint_tensors(self.module, iter(hf.FolderReader(folder)))
 
 
 def load_policy(options: PolicyOptions, device: str | torch.device = "cpu", seed: int = 0) -> Policy:
@@ -329,7 +332,7 @@ def load_policy(options: PolicyOptions, device: str | torch.device = "cpu", seed
     config.json; ValueError for a folder that is no causal language model or whose tensors do not fit."""
     device, dtype = torch.device(device), getattr(torch, options.dtype)
     if options.path is not None:
-        fields = _read_config(Path(options.path))
+        fields = read_config(Path(options.path))
     else:
         fields = {"model_type": "deepseek_v3", **(options.init or {})}
     if fields.get("model_type") != "deepseek_v3":
@@ -344,7 +347,8 @@ def load_policy(options: PolicyOptions, device: str | torch.device = "cpu", seed
     return V3Policy(module, options, device)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of the folder's config.json. FileNotFoundError; ValueError for what is no JSON."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: policy.path must be a Hugging Face folder with a config.json")

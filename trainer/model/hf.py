@@ -190,9 +190,11 @@ def save_folder(
     format: Format | None = None,
     scales: Callable[[str], Tensor | None] = lambda weight: None,
     shard_bytes: int | None = None,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Writes config.json and safetensors (several files above 4 GiB), and the tokenizer when given, as a folder that
-    transformers and vLLM load. One tensor at a time is copied to the host.
+    transformers and vLLM load. One tensor at a time is copied to the host. `tensors` are the weights of a `model` that
+    is on meta.
 
     `format` fp8 is that of DeepSeek's release (E4M3 in blocks of 128x128, the rest BF16); None keeps the model's dtype.
     The scales of blocks that still fit are taken from `scales`, for example a `FolderReader.scale` of the FP8 folder
@@ -209,7 +211,7 @@ def save_folder(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     entries = layout(named_checkpoint_tensors(model), format)
     with FolderWriter(folder, entries, shard_bytes or SHARD_BYTES) as writer:
-        for name, tensor in named_checkpoint_tensors(model):
+        for name, tensor in named_checkpoint_tensors(model) if tensors is None else tensors:
             for stored in _encode(name, tensor, format, scales(name)):
                 writer.write(*stored)
     if tokenizer is not None:
