@@ -97,7 +97,7 @@ def test_packing_into_other_micro_batches_changes_no_gradient(init, aggregation)
     gradients = []
     for budget in (24, 1000):
         loss = ON_POLICY.model_copy(update={"aggregation": aggregation})
-        t = trainer(init, loss, beta1=0.0, max_grad_norm=1e9)
+        t = trainer(init, loss, betas=(0.0, 0.95), max_grad_norm=1e9)
         t.step([pack(samples(), budget)])
         gradients.append({n: g for n, g in t.optimizer.state().items() if n.startswith("exp_avg/")})
     assert gradients[0].keys() == gradients[1].keys()
