@@ -69,6 +69,12 @@ class Received(Iterator[tuple[str, Tensor]]):
     def __next__(self) -> tuple[str, Tensor]:
         return next(self._tensors)
 
+    def close(self) -> None:
+        """Lets go of the publisher where not everything was taken."""
+        close = getattr(self._tensors, "close", None)
+        if close is not None:
+            close()
+
 
 def describe(name: str, tensor: Tensor) -> Entry:
     """The manifest's line for a tensor."""

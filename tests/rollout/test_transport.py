@@ -13,6 +13,7 @@ import torch
 from rollout.torch_engine import EngineUnusable, TorchEngine
 from rollout.transport.base import CorruptWeights, Manifest, changed, describe, fingerprint
 from rollout.transport.disk import DiskTransport
+from rollout.transport.ipc import IpcTransport
 from rollout.transport.object_store import ObjectStoreTransport
 from trainer.model.config import V3Config
 from trainer.model.hf import named_checkpoint_tensors, save_folder
@@ -26,11 +27,19 @@ def cluster():
     ray.shutdown()
 
 
-@pytest.fixture(params=["disk", "object_store", "object_store_in_small_buckets"])
+TRANSPORTS = ["disk", "object_store", "object_store_in_small_buckets", "ipc", "ipc_in_small_buckets"]
+
+
+@pytest.fixture(params=TRANSPORTS)
 def transport(request, tmp_path):
     if request.param == "disk":
-        return DiskTransport(tmp_path, file_bytes=3000)
-    return ObjectStoreTransport(256 << 20 if request.param == "object_store" else 1024)
+        yield DiskTransport(tmp_path, file_bytes=3000)
+    elif request.param.startswith("object_store"):
+        yield ObjectStoreTransport(256 << 20 if request.param == "object_store" else 1024)
+    else:
+        transport = IpcTransport(256 << 20 if request.param == "ipc" else 1024, timeout_s=20.0)
+        yield transport
+        transport.close()
 
 
 def tensors(seed=0):
