@@ -197,12 +197,13 @@ def sft(
     settings = SftConfig.load(config, overrides or [])
     from rlzero import sft as stage
 
-    with counting("reading") as progress:
-        if dry_run:
-            typer.echo("\n".join([settings.resolved_yaml(), *stage.prepare(settings, progress).describe()]))
-            return
-        folder = stage.train(settings, resume, typer.echo, progress)
-    typer.echo(str(folder))
+    if dry_run:
+        typer.echo(settings.resolved_yaml())
+        with counting("reading") as progress:
+            prepared = stage.prepare(settings, progress)
+        typer.echo("\n".join(prepared.describe()))
+        return
+    typer.echo(str(stage.train(settings, resume, typer.echo)))
 
 
 def _numbers(line: dict[str, float]) -> str:

@@ -171,7 +171,11 @@ class Config(_Section):
         steps, minibatches = tree.get("steps", 650), batch.get("minibatches", 16)
         if type(steps) is not int or type(minibatches) is not int or steps < 1 or minibatches < 1:
             return tree  # reported by the fields themselves
-        return {**tree, "optimizer": {"total_steps": steps * minibatches, **tree.get("optimizer", {})}}
+        optimizer, total = tree.get("optimizer", {}), steps * minibatches
+        warmup = optimizer.get("warmup_steps", 0)
+        if type(warmup) is int and optimizer.get("schedule", "constant") != "constant":
+            total = max(total, warmup + 1)  # `conflicts` says what is wrong, in terms of the fields that somebody wrote
+        return {**tree, "optimizer": {"total_steps": total, **optimizer}}
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -235,7 +239,15 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             f"{rollout.max_tokens} = {longest} is longer than the policy's context of {context} tokens "
             f"(max_position_embeddings of {config.policy.path})",
         )
-    if config.optimizer.total_steps not in (None, config.steps * batch.minibatches):
+    updates, warmup = config.steps * batch.minibatches, config.optimizer.warmup_steps
+    if config.optimizer.schedule != "constant" and warmup >= updates:
+        yield (
+            ("optimizer.warmup_steps", "steps", "batch.minibatches"),
+            f"optimizer.warmup_steps: {warmup} updates of warm-up leave none of the run's {updates} (steps "
+            f"{config.steps} x batch.minibatches {batch.minibatches}) to the {config.optimizer.schedule} schedule; "
+            "lower optimizer.warmup_steps or raise steps",
+        )
+    elif config.optimizer.total_steps not in (None, updates):
         yield ("optimizer.total_steps",), f"optimizer.total_steps: {NOT_CONFIGURED['optimizer.total_steps']}"
     if algorithm.overlong_buffer_tokens >= rollout.max_tokens:
         yield (
@@ -253,6 +265,31 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             ("evaluation.temperature", "evaluation.samples"),
             f"evaluation.samples: {config.evaluation.samples} samples at temperature 0 are all the same; "
             "use evaluation.samples=1 or a temperature above 0",
+        )
+    if config.staleness and config.loss.correction == "none":
+        yield (
+            ("staleness", "loss.correction"),
+            f"staleness: {config.staleness} trains on completions of older policies, and loss.correction none takes "
+            "them for the policy's own; set loss.correction=tis (or icepop), or staleness=0",
+        )
+    if config.loss.correction == "none":
+        for name, unset in (("correction_low", None), ("correction_high", None), ("correction_level", "token")):
+            if getattr(config.loss, name) != unset:
+                yield (
+                    (f"loss.{name}", "loss.correction"),
+                    f"loss.{name}: {getattr(config.loss, name)}, but loss.correction is none; set it to tis or icepop",
+                )
+    if config.loss.teacher_coef:
+        yield (
+            ("loss.teacher_coef",),
+            f"loss.teacher_coef: {config.loss.teacher_coef:g}, but a run of reinforcement learning has no teacher; "
+            "leave it out",
+        )
+    if algorithm.dynamic_sampling and batch.group_size == 1:
+        yield (
+            ("algorithm.max_refills", "batch.group_size"),
+            f"algorithm.max_refills: {algorithm.max_refills}, but a group of one completion has always equal rewards "
+            "and would be refilled for ever; use batch.group_size of at least 2, or algorithm.max_refills=0",
         )
     if config.device == "cpu" and config.policy.recipe == "fp8":
         yield (

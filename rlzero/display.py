@@ -31,7 +31,7 @@ SHOWN = [
     ("worker_restarts", "restarts", "{:.0f}"),
 ]
 COLOURS = ["blue", "dark_orange", "green", "magenta", "red", "cyan", "yellow"]
-BAR = 40  # characters of the bar that shows where a step's time goes
+BAR = 32  # characters of the bar that shows where a step's time goes
 
 
 class Display:

@@ -17,9 +17,10 @@ from rlzero.display import Display
 from rlzero.groups import Group, grade, to_samples
 from rlzero.reading import UsageError
 from rlzero.run import Interrupted, Run, checkpoints
+from rlzero.run import engine as chosen_engine
 from rlzero.runlog import FILES, RunLog
 from rollout.engine import Sampling
-from rollout.worker import choose_engine, make_engine
+from rollout.worker import make_engine
 from trainer import checkpoint
 from trainer.worker import Trainer
 
@@ -105,7 +106,7 @@ def evaluate(config: Config, output: Path | None) -> dict[str, float]:
     prompts = list(load_prompts(config, tokenizer, "evaluation"))
     options, rollout = config.evaluation, config.rollout
     sampling = Sampling(rollout.max_tokens, options.temperature, options.top_p, stop=rollout.stop, seed=config.seed)
-    kind, reason = choose_engine(rollout.engine)
+    kind, reason = chosen_engine(config)
     logger.info("engine: %s (%s)", kind, reason)
     engine = make_engine(kind, str(config.policy.path), {"dtype": config.policy.dtype, **rollout.engine_args})
     try:

@@ -20,6 +20,7 @@ from rlzero.config import Config
 from rlzero.data import PromptStream, load_prompts, load_tokenizer
 from rlzero.groups import Graded, Group
 from rlzero.metrics import Written
+from rlzero.reading import UsageError
 from rlzero.runlog import RunLog
 from rollout import probe
 from rollout.engine import Prompt, Request, Rollout, Sampling
@@ -86,9 +87,9 @@ class Run:
         )
         self.cluster = Cluster(config)
         try:
+            kind, reason = engine(config)
+            self.watch(f"engine: {kind} ({reason})", {})
             self.cluster.__enter__()
-            kind, reason = choose_engine(config.rollout.engine)
-            self.watch("engine", {"kind": kind, "reason": reason})
             self.trainer = self.cluster.trainer(
                 config.policy, config.optimizer, config.loss, seed=config.seed, device=config.device
             )
@@ -297,6 +298,14 @@ class Run:
         self.step = state["step"]
         self.prompts.load_state_dict(state["prompts"])
         self.log.rewind(self.step)
+
+
+def engine(config: Config) -> tuple[str, str]:
+    """The engine that writes and the reason for it. Raises `UsageError` where the one asked for cannot run here."""
+    try:
+        return choose_engine(config.rollout.engine)
+    except RuntimeError as error:
+        raise UsageError(f"rollout.engine: {error}") from error
 
 
 def transport(config: Config) -> Transport:

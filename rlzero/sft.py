@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlzero.display import counting
 from rlzero.reading import UsageError
 from rlzero.runlog import FILES, RunLog
 from rlzero.sft_config import SftConfig
@@ -117,7 +118,7 @@ def prepare(config: SftConfig, progress: Progress = lambda done, total: None) ->
     return Prepared(config, tokenizer, train, held_out, plan)
 
 
-def train(config: SftConfig, resume: bool, say: Say = lambda line: None, progress: Progress | None = None) -> Path:
+def train(config: SftConfig, resume: bool, say: Say = lambda line: None) -> Path:
     """The whole run; returns the folder of the trained model. Ctrl-C saves and raises `KeyboardInterrupt`. Raises
     `UsageError` where a run of that name is there already and `resume` is not asked for."""
     folder = config.run_dir
@@ -127,7 +128,8 @@ def train(config: SftConfig, resume: bool, say: Say = lambda line: None, progres
             f"{folder}: holds a run already; go on with --resume, give this one another name (name=...), or remove "
             "the folder"
         )
-    prepared = prepare(config, progress or (lambda done, total: None))
+    with counting("reading") as progress:
+        prepared = prepare(config, progress)
     for line in prepared.describe():
         say(line)
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,6 +177,11 @@ class SftRun:
         if newest is not None:
             state = self.trainer.load(newest)
             self.step = state["step"]
+            if self.step > self.plan.steps:
+                raise UsageError(
+                    f"{newest}: has {self.step} steps, and the run is to have {self.plan.steps}; raise epochs or "
+                    "max_steps, or start a new run under another name"
+                )
             here = self._state()
             if changed := [key for key in here if state.get(key) != here[key]]:
                 raise UsageError(

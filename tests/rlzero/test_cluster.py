@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(170)
 
 def test_synchronous_processes_share_cores_in_turn_and_asynchronous_ones_at_once(write_config, tmp_path):
     def threads(**changes) -> tuple[int, int]:
-        changes = {"trainer_threads": 0, "rollout.threads": 0, **changes}
+        changes = {"trainer_threads": 0, "rollout.threads": 0, "loss.correction": "tis", **changes}
         placement = plan(Config.load(write_config(tmp_path, **changes)), cores=12)
         return placement.trainer_threads, placement.worker_threads
 

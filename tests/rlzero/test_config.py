@@ -117,6 +117,12 @@ optimizer: {lr: fast}
         (["device=cpu", "policy.recipe=fp8"], "fp8_emulated"),
         (["policy.init={vocab_size: 4}", "policy.path=null"], "starts from a trained model"),
         (["optimizer.total_steps=3"], "follows from steps and batch.minibatches"),
+        (["optimizer.schedule=linear", "optimizer.warmup_steps=32", "steps=2"], "leave none of the run's 32"),
+        (["staleness=1"], "set loss.correction=tis (or icepop), or staleness=0"),
+        (["loss.correction_high=3"], "loss.correction is none; set it to tis or icepop"),
+        (["loss.correction_level=sequence"], "loss.correction is none; set it to tis or icepop"),
+        (["loss.teacher_coef=0.5"], "has no teacher"),
+        (["batch.group_size=1", "algorithm.advantage=reinforce_pp", "algorithm.max_refills=2"], "refilled for ever"),
         (["loss.aggregation=constant"], "constant_length"),
         (["name=a/b"], "should match pattern"),
     ],
@@ -124,6 +130,15 @@ optimizer: {lr: fast}
 def test_contradictions_between_fields_are_errors(write, overrides, message):
     (found,) = problems(write(MINIMAL), *overrides)
     assert message in found
+
+
+def test_a_warm_up_longer_than_the_run_is_no_matter_where_nothing_follows_it(write):
+    config = Config.load(write(MINIMAL), ["steps=2", "optimizer.warmup_steps=320"])
+    assert config.optimizer.total_steps == 32
+
+
+def test_stale_completions_with_a_correction_are_fine(write):
+    assert Config.load(write(MINIMAL), ["staleness=1", "loss.correction=icepop"]).staleness == 1
 
 
 def test_a_sample_longer_than_the_policys_context_is_an_error(write, tmp_path):

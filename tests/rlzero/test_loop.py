@@ -108,7 +108,8 @@ def test_with_staleness_one_tokens_lag_by_at_most_one_version(local_ray, write_c
         await loop.train(run)
         return run.waves
 
-    waves = inside(write_config(tmp_path, steps=5, staleness=1, **{"evaluation.every": 0}), work)
+    changes = {"steps": 5, "staleness": 1, "loss.correction": "tis", "evaluation.every": 0}
+    waves = inside(write_config(tmp_path, **changes), work)
     assert [step for step, _ in waves] == [0, 1, 2, 3, 4]
     lags = set()
     for step, graded in waves:

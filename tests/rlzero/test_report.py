@@ -242,11 +242,11 @@ def test_without_a_terminal_every_event_is_one_plain_line(tmp_path):
     config = Config.load(tmp_path / "c.yaml")
     out = io.StringIO()
     with Display(config, Console(file=out, force_terminal=False, width=300)) as display:
-        display("engine", {"kind": "torch", "reason": "no CUDA device"})
+        display("engine: torch (no CUDA device)", {})
         display("evaluation", {"step": 0, "pass_at_1": 0.25, "cons_at_k": 0.5, "n": 8})
         display("step", step_line(0))
     assert out.getvalue().splitlines() == [
-        "engine: kind torch, reason no CUDA device",
+        "engine: torch (no CUDA device)",
         "evaluation at step 0: pass@1 25.0%, cons@8 50.0%",
         "step 1/10  reward 1.000  length 40.0  entropy 0.500  kl 0.001  gap 1.0e-06  "
         "4.0 s (rollout 2.0, train 1.0, sync 0.5)  ETA 36 s",
