@@ -28,5 +28,5 @@ def rows(count: int, seed: int = 0, split: str = "train", chat: bool = False, **
 def _row(question: str, completion: str, chat: bool) -> dict:
     if not chat:
         return {"prompt": question, "completion": completion}
-    turns = [("user", question), ("assistant", completion)]
+    turns = [("user", question), ("assistant", completion.strip())]
     return {"messages": [{"role": role, "content": content} for role, content in turns]}

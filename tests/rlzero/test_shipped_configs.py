@@ -8,12 +8,14 @@ import yaml
 from rlzero.config import Config
 from rlzero.data import load_prompts, load_tokenizer
 from rlzero.launch import check_rewards
+from rlzero.sft_config import SftConfig
 from rlzero.stages import BaseConfig
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 BASES = [path for path in FILES if "init" in yaml.safe_load(path.read_text())]
-RUNS = [path for path in FILES if path not in BASES]
+RUNS = [path for path in FILES if "rewards" in yaml.safe_load(path.read_text())]
+SUPERVISED = [path for path in FILES if path not in [*BASES, *RUNS]]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -29,6 +31,19 @@ def test_a_run_loads_and_its_resolved_text_is_the_same_run(path, monkeypatch, tm
 @pytest.mark.parametrize("path", BASES, ids=lambda path: path.stem)
 def test_a_base_recipe_loads(path):
     assert BaseConfig.load(path).steps > 0
+
+
+@pytest.mark.parametrize("path", SUPERVISED, ids=lambda path: path.stem)
+def test_a_supervised_run_loads(path):
+    assert SftConfig.load(path).epochs > 0
+
+
+@pytest.mark.parametrize("path", TUNINGS, ids=lambda path: path.stem)
+def test_a_fine_tuning_loads_and_its_resolved_text_is_the_same_run(path, tmp_path):
+    config = SftConfig.load(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(config.resolved_yaml())
+    assert SftConfig.load(again) == config
 
 
 def test_the_demo_finds_its_model_and_both_of_its_data_sets(monkeypatch):
