@@ -75,9 +75,14 @@ class Rollout:
         return f"{self.prompt_id}/{self.sample}"
 
 
+class EngineUnusable(RuntimeError):
+    """The engine is poisoned by an update that failed, asleep or closed. The message says which, and what helps."""
+
+
 class Engine(Protocol):
     """Writes completions for a policy it holds a copy of. Asynchronous at heart: `submit` returns at once,
-    `completed` drives the engine and hands out each rollout as it ends."""
+    `completed` drives the engine and hands out each rollout as it ends. Every call of an engine that cannot serve it
+    raises EngineUnusable."""
 
     version: int
 

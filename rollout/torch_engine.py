@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rollout.decoder import Decoder
-from rollout.engine import FinishReason, Request, Rollout
+from rollout.engine import EngineUnusable, FinishReason, Request, Rollout
 from rollout.rows import Rows
 from rollout.sampler import sample
 from rollout.stop import StopFinder
@@ -31,10 +31,6 @@ log = logging.getLogger(__name__)
 _PREFILL_TOKENS = 4096  # tokens read in one product at most
 _SCORE_LOGITS = 1 << 26  # logits held at a time while scoring, unless one sequence has more
 _CONTEXT_STEP = 64  # cache rows grow in steps of this many tokens
-
-
-class EngineUnusable(RuntimeError):
-    """The engine is poisoned, asleep or closed."""
 
 
 def build_decoder(

@@ -1,4 +1,4 @@
-"""vLLM as a rollout engine. Everything that touches vLLM's internals stands in this file.
+"""vLLM as a rollout engine. Everything that touches vLLM's internals stands here and in rollout.vllm_weights.
 
 Releases 0.25.1 (the one for CUDA and torch 2.11) to 0.32.0 are accepted, others refused. The contract tests were run on
 the CPU build of 0.32.0; for 0.25.1 the code was held against its source, not yet run on a GPU. The engine core runs in
@@ -11,7 +11,6 @@ engine a process of its own, as `rollout.worker` does.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -27,9 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rollout.engine import Request, Rollout
+from rollout.engine import EngineUnusable, Request, Rollout
 from rollout.expected_weights import ExpectedWeights
+from rollout.transport.base import Manifest
 from rollout.transport.disk import DiskTransport
+from rollout.vllm_records import all_positions, continued, prompt_logprobs, request_seed, sampled_logprobs
+from rollout.vllm_weights import Installed, Installer, reload
 
 OLDEST, NEWEST = (0, 25, 1), (0, 32, 0)
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -63,42 +65,15 @@ def check_release(version: str) -> None:
         )
 
 
-def request_seed(seed: int, prompt_id: str, sample: int, start: int) -> int:
-    """The seed of one completion's noise, in [0, 2^63). `start` is the number of tokens kept from a partial rollout:
-    a continuation draws fresh noise instead of repeating that of the first tokens."""
-    key = json.dumps([seed, prompt_id, sample, start]).encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+# ---- a function that runs inside a vLLM worker; those of weights are in rollout.vllm_weights ----
 
 
-# ---- functions that run inside a vLLM worker ----
-
-
-def _reload(worker: Any, source: Iterator[tuple[str, Tensor]] | str) -> None:
-    """Installs new weights from an iterator, or from a published folder that every worker reads."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-    runner = worker.model_runner
-    model = runner.get_model()
-    if runner.device.type == "cpu":
-        # The CPU kernel of the experts repacks their weights only while it is being built. A layer that keeps its
-        # kernel takes the new weights unpacked and computes nonsense without an error.
-        for module in model.modules():
-            method = getattr(module, "quant_method", None)
-            if getattr(method, "moe_kernel", None) is not None:
-                method.moe_kernel = None
-    try:
-        weights = DiskTransport(source).receive(source) if isinstance(source, str) else source
-        runner.reload_weights(weights_iterator=weights)
-    except BaseException:
-        # Leaves the half-loaded state, in which the next reload would add to this one's counts.
-        finalize_layerwise_reload(model, runner.model_config)
-        raise
-    if runner.device.type == "cpu" and getattr(runner.model_config.hf_config, "tie_word_embeddings", False):
-        # No tensor of its own arrives for a tied head, so vLLM leaves it with its repacked copy of the old embedding.
-        for module in model.modules():
-            if isinstance(module, ParallelLMHead):
-                module.quant_method.process_weights_after_loading(module)
+def _install(worker: Any, weights: Iterator, manifest: Manifest | None, shapes: dict[str, tuple]) -> Installed:
+    """Installs new weights in this process's only worker, which keeps its Installer."""
+    installer = getattr(worker, "rlzero_installer", None)
+    if installer is None:
+        installer = worker.rlzero_installer = Installer(worker, shapes)
+    return installer.install(weights, manifest)
 
 
 def _set_score_temperature(worker: Any, temperature: float) -> None:
@@ -203,6 +178,7 @@ class VLLMEngine:
         self._scored: dict[str, np.ndarray] = {}
         self._unusable: str | None = None
         self._closed = False
+        self.installed: Installed | None = None  # how the last update came in
 
     # -- requests --
 
@@ -218,7 +194,7 @@ class VLLMEngine:
         for request in requests:
             kept = request.partial
             if kept is not None and len(kept.tokens) >= self._most_tokens(request):
-                self._ended.append(_continued(kept, [], [], [], "length", kept.text, kept.routed_experts))
+                self._ended.append(continued(kept, [], [], [], "length", kept.text, kept.routed_experts))
             else:
                 self._start(request)
 
@@ -292,7 +268,7 @@ class VLLMEngine:
         for running in self._running.values():
             state = self._vllm.output_processor.request_states[running.key]
             tokens = list(state.detokenizer.output_token_ids)
-            logprobs = _sampled_logprobs(state.logprobs_processor.logprobs, tokens, running.request.id)
+            logprobs = sampled_logprobs(state.logprobs_processor.logprobs, tokens, running.request.id)
             stopped.append(self._rollout(running, tokens, logprobs, "interrupted", None))
         self._vllm.abort_request([r.key for r in self._running.values()], internal=True)
         self._running.clear()
@@ -303,14 +279,14 @@ class VLLMEngine:
             if not output.finished:
                 continue
             if output.request_id in self._scored:
-                self._scored[output.request_id] = _prompt_logprobs(output.prompt_logprobs, output.prompt_token_ids)
+                self._scored[output.request_id] = prompt_logprobs(output.prompt_logprobs, output.prompt_token_ids)
                 continue
             running = self._running.pop(output.request_id)
             written = output.outputs[0]
             if written.finish_reason not in ("stop", "length"):
                 raise RuntimeError(f"vLLM ended request {output.request_id} with {written.finish_reason!r}")
             tokens = list(written.token_ids)
-            logprobs = _sampled_logprobs(written.logprobs, tokens, output.request_id)
+            logprobs = sampled_logprobs(written.logprobs, tokens, output.request_id)
             self._ended.append(self._rollout(running, tokens, logprobs, written.finish_reason, written.routed_experts))
 
     def _rollout(
@@ -327,43 +303,46 @@ class VLLMEngine:
         segments = [*running.segments, (self.version, len(tokens) - counted)]
         text = self._tokenizer.decode([*base.tokens, *tokens], skip_special_tokens=True) if self._tokenizer else ""
         if routed is not None:
-            routed = _all_positions(routed, len(request.prompt_tokens) + len(base.tokens) + len(tokens))
-        return _continued(base, tokens, logprobs, segments, finish_reason, text, routed)
+            routed = all_positions(routed, len(request.prompt_tokens) + len(base.tokens) + len(tokens))
+        return continued(base, tokens, logprobs, segments, finish_reason, text, routed)
 
     # -- weights --
 
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Installs a complete set of checkpoint tensors and takes `version`. Raises RuntimeError, from the cause, when
-        the set is incomplete or does not fit; the engine then refuses every call until an update succeeds."""
+        """Installs a complete set of checkpoint tensors and takes `version`. Raises EngineUnusable, from the cause,
+        when the set is incomplete or does not fit; the engine then refuses every call until an update succeeds."""
         if self._closed:
-            raise RuntimeError("the engine is closed")
+            raise EngineUnusable("the engine is closed")
         if self._unusable == _ASLEEP:
-            raise RuntimeError(_ASLEEP)
+            raise EngineUnusable(_ASLEEP)
         for running in self._running.values():
             written = self._vllm.output_processor.request_states[running.key].detokenizer.num_output_tokens()
             running.segments.append((self.version, written - sum(n for _, n in running.segments)))
         self._unusable = f"the update to version {version} did not finish"
         try:
-            self._install(self._expected.checked(weights), version)
+            self.installed = self._install(self._expected.checked(weights), getattr(weights, "manifest", None), version)
         except BaseException as error:
             self._unusable = (
                 f"the update to version {version} failed and may have left weights of two versions ({error}); "
                 "the engine answers nothing until a full update succeeds"
             )
-            raise RuntimeError(self._unusable) from error
+            raise EngineUnusable(self._unusable) from error
         self._unusable = None
         self.version = version
         self._resume()
 
-    def _install(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
+    def _install(self, weights: Iterator[tuple[str, Tensor]], manifest: Manifest | None, version: int) -> Installed:
         core = self._vllm.engine_core
         if self._vllm.vllm_config.parallel_config.world_size == 1:
-            core.collective_rpc(_reload, args=(weights,))
-            return
+            (installed,) = core.collective_rpc(_install, args=(weights, manifest, self._expected.shapes))
+            return installed
         # Workers are other processes of this host: they map one copy in shared memory.
         memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
         with tempfile.TemporaryDirectory(prefix="rlzero-weights-", dir=memory) as folder:
-            core.collective_rpc(_reload, args=(DiskTransport(folder).publish(weights, version),))
+            transport = DiskTransport(folder)
+            published = transport.publish(weights, version)
+            core.collective_rpc(reload, args=(published,))
+            return Installed("reload", len(transport.manifest(published).entries), 0)
 
     def score(self, sequences: list[list[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probability of every token given those before it, float32 [len(sequence)] each; entry 0 is 0.0. Running
@@ -443,9 +422,9 @@ class VLLMEngine:
 
     def _check_usable(self) -> None:
         if self._closed:
-            raise RuntimeError("the engine is closed")
+            raise EngineUnusable("the engine is closed")
         if self._unusable is not None:
-            raise RuntimeError(self._unusable)
+            raise EngineUnusable(self._unusable)
 
 
 _ASLEEP = "the engine sleeps; wake() it first"
@@ -468,54 +447,3 @@ def _context_limit(folder: Path, asked: int | None) -> int:
     if asked is not None and limit is not None and asked > limit:
         raise ValueError(f"max_context is {asked}, but the model of {folder} was made for {limit} positions")
     return asked if asked is not None else limit
-
-
-def _sampled_logprobs(flat: Any, tokens: list[int], request_id: str) -> list[float]:
-    """The sampled token's log-probability at each position of vLLM's flat record, where it comes first."""
-    if len(flat.start_indices) != len(tokens) or [flat.token_ids[i] for i in flat.start_indices] != tokens:
-        raise RuntimeError(f"vLLM's log-probabilities of request {request_id} do not belong to its tokens")
-    return [flat.logprobs[i] for i in flat.start_indices]
-
-
-def _prompt_logprobs(flat: Any, tokens: list[int]) -> np.ndarray:
-    starts = flat.start_indices[1:]  # the first token has nothing before it
-    if [flat.token_ids[i] for i in starts] != list(tokens[1:]):
-        raise RuntimeError("vLLM's log-probabilities of a scored sequence do not belong to its tokens")
-    return np.array([0.0, *(flat.logprobs[i] for i in starts)], np.float32)
-
-
-def _all_positions(routed: np.ndarray, total: int) -> np.ndarray:
-    """Pads vLLM's routing, which lacks the last sampled token (never read by the model), with -1."""
-    missing = total - len(routed)
-    if missing < 0:
-        raise RuntimeError(f"vLLM returned the routing of {len(routed)} tokens of a request of {total}")
-    return np.pad(routed.astype(np.int16), ((0, missing), (0, 0), (0, 0)), constant_values=-1)
-
-
-def _continued(
-    base: Rollout,
-    tokens: list[int],
-    logprobs: list[float],
-    segments: list[tuple[int, int]],
-    finish_reason: Any,
-    text: str,
-    routed: np.ndarray | None,
-) -> Rollout:
-    """`base` with more tokens; neighbouring segments of one version become one."""
-    versions: list[tuple[int, int]] = []
-    for version, count in [*base.versions, *segments]:
-        if count and versions and versions[-1][0] == version:
-            versions[-1] = (version, versions[-1][1] + count)
-        elif count:
-            versions.append((version, count))
-    return Rollout(
-        prompt_id=base.prompt_id,
-        sample=base.sample,
-        prompt_tokens=base.prompt_tokens,
-        tokens=[*base.tokens, *tokens],
-        logprobs=[*base.logprobs, *logprobs],
-        versions=versions,
-        finish_reason=finish_reason,
-        text=text,
-        routed_experts=routed,
-    )

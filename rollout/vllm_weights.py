@@ -1,0 +1,261 @@
+"""How new weights get into a running vLLM model. With rollout.vllm_engine all that touches vLLM's internals.
+
+vLLM's own way, `reload_weights`, rebuilds layer after layer in their checkpoint form and repacks it: right wherever
+vLLM repacks, and slow. On a GPU most layers keep the checkpoint's layout, so a copy of every tensor to where it belongs
+is enough. Where that is, vLLM says itself: its `load_weights` runs once over tensors without memory, and the copies it
+asks for are written down instead of made. Whether a copy is all it takes is shown, not assumed: after the first
+update, which goes vLLM's way, every tensor is read back from its place and compared, by fingerprint, with what was
+published. Only then do updates go directly; each is read back again. What a kernel might keep elsewhere, only
+log-probabilities see: `rollout.probe`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rollout.transport.base import CorruptWeights, Entry, Manifest
+from rollout.transport.disk import DiskTransport
+from rollout.transport.fingerprint import fingerprints
+
+log = logging.getLogger(__name__)
+
+Weights = Iterable[tuple[str, Tensor]]
+_DERIVED = ("W_UV", "W_UK_T")  # of MLA: halves of kv_b_proj, absorbed into query and output
+
+
+@dataclass(frozen=True)
+class Installed:
+    """How an update came in: `way` is "direct" or "reload"; `verified` of `tensors` were read back from the engine's
+    own memory and found to be what was published."""
+
+    way: str
+    tensors: int
+    verified: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A part of a checkpoint tensor (as strides and offset into it, contiguous) and where the engine keeps it."""
+
+    target: Tensor
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    whole: bool  # all of the tensor, in its order
+
+    def part(self, tensor: Tensor) -> Tensor:
+        if self.whole:
+            return tensor.view(self.size)
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+
+class CannotPlan(RuntimeError):
+    """vLLM does more with some tensor than copying it. The message says what."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down copies out of tensors without memory instead of making them."""
+
+    def __init__(self, sources: Mapping[int, str]):
+        super().__init__()
+        self.sources = sources  # storage -> checkpoint name
+        self.copies: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            target, source = args[:2]
+            name = self.sources.get(source.untyped_storage()._cdata) if source.is_meta else None
+            if name is None or target.is_meta:
+                raise CannotPlan(f"what it copies from {tuple(source.shape)} is no part of a checkpoint tensor")
+            self.copies.setdefault(name, []).append((target, source))
+            return target
+        if func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default) and not args[0].is_meta:
+            return args[0]  # padding, which is filled already
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def plan_copies(load: Callable[[Weights], Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Copy]]:
+    """The copies that `load` makes of checkpoint tensors of these shapes, by name; nothing is changed. Raises
+    CannotPlan where `load` does anything else with one of them."""
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    recorder = _Recorder({tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()})
+    try:
+        with recorder:
+            load(iter(tensors.items()))
+    except CannotPlan:
+        raise
+    except Exception as error:
+        raise CannotPlan(f"{type(error).__name__}: {error}") from error
+    plan: dict[str, list[Copy]] = {}
+    for name, copies in recorder.copies.items():
+        for target, source in copies:
+            if target.shape != source.shape:
+                raise CannotPlan(f"{name} is broadcast from {tuple(source.shape)} to {tuple(target.shape)}")
+            offset = source.storage_offset()
+            whole = source.is_contiguous() and offset == 0 and source.numel() == tensors[name].numel()
+            copy = Copy(target.detach(), tuple(source.shape), tuple(source.stride()), offset, whole)
+            plan.setdefault(name, []).append(copy)
+    return plan
+
+
+@torch.no_grad()
+def copy_weights(plan: Mapping[str, list[Copy]], weights: Weights) -> None:
+    """Makes the plan's copies. A tensor that the plan does not know is one that the engine has no place for
+    (`load_weights` dropped it too)."""
+    for name, tensor in weights:
+        tensor = tensor.detach().contiguous()
+        for copy in plan.get(name, ()):
+            copy.target.copy_(copy.part(tensor), non_blocking=True)
+
+
+@torch.no_grad()
+def read_back(plan: Mapping[str, list[Copy]], entries: Iterable[Entry]) -> Iterator[tuple[Entry, Tensor]]:
+    """The engine's own tensors in the checkpoint's form and dtype, with what was published for each. Left out are
+    tensors that the engine does not hold as a whole. A dtype that holds more than the published one loses nothing on
+    the way back."""
+    for entry in entries:
+        copies, dtype = plan.get(entry.name, ()), getattr(torch, entry.dtype)
+        wholes = [copy for copy in copies if copy.whole]
+        for copy in wholes:  # several where experts are held more than once
+            yield entry, copy.target.to(dtype)
+        if copies and not wholes:
+            covered = torch.zeros(entry.shape, dtype=torch.bool)
+            tensor = torch.empty(entry.shape, dtype=dtype, device=copies[0].target.device)
+            for copy in copies:
+                copy.part(covered).fill_(True)
+                copy.part(tensor).copy_(copy.target)
+            if covered.all():
+                yield entry, tensor
+
+
+def differing(plan: Mapping[str, list[Copy]], entries: Iterable[Entry]) -> tuple[int, list[str]]:
+    """How many tensors could be read back, and the names of those that are not what was published."""
+    pairs = list(read_back(plan, entries))
+    numbers = fingerprints([tensor for _, tensor in pairs])
+    wrong = [entry.name for (entry, _), number in zip(pairs, numbers, strict=True) if number != entry.fingerprint]
+    return len({entry.name for entry, _ in pairs}), list(dict.fromkeys(wrong))
+
+
+def reload(worker: Any, source: Weights | str) -> None:
+    """vLLM's own way, for weights from an iterator or from a published folder that every worker reads."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    runner = worker.model_runner
+    model = runner.get_model()
+    if runner.device.type == "cpu":
+        # The CPU kernel of the experts repacks their weights only while it is being built. A layer that keeps its
+        # kernel takes the new weights unpacked and computes nonsense without an error.
+        for module in model.modules():
+            method = getattr(module, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None:
+                method.moe_kernel = None
+    try:
+        weights = DiskTransport(source).receive(source) if isinstance(source, str) else source
+        # vLLM keeps tensors until their layer is complete; a transport may use their memory again before that.
+        runner.reload_weights(weights_iterator=((name, tensor.clone()) for name, tensor in weights))
+    except BaseException:
+        # Leaves the half-loaded state, in which the next reload would add to this one's counts.
+        finalize_layerwise_reload(model, runner.model_config)
+        raise
+    if runner.device.type == "cpu" and getattr(runner.model_config.hf_config, "tie_word_embeddings", False):
+        # No tensor of its own arrives for a tied head, so vLLM leaves it with its repacked copy of the old embedding.
+        for module in model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+
+@torch.no_grad()
+def refresh_derived(model: torch.nn.Module, dtype: torch.dtype) -> int:
+    """Computes anew what MLA layers derived from their weights, at the same addresses (captured graphs read there).
+    Returns how many layers needed it: in BF16 the derived ones are views of the weight and follow by themselves."""
+    from vllm.model_executor.layers.attention import MLAAttention
+
+    count = 0
+    for layer in model.modules():
+        if not isinstance(layer, MLAAttention):
+            continue
+        source = layer.kv_b_proj.weight.untyped_storage().data_ptr()
+        old = {name: getattr(layer, name, None) for name in _DERIVED}
+        if any(tensor is None for tensor in old.values()):
+            raise CannotPlan(f"this vLLM's MLA layer has no {' or '.join(_DERIVED)}: it derives other weights")
+        if all(tensor.untyped_storage().data_ptr() == source for tensor in old.values()):
+            continue  # views, which follow by themselves
+        layer.process_weights_after_loading(dtype)
+        for name, tensor in old.items():
+            tensor.copy_(getattr(layer, name))
+            setattr(layer, name, tensor)
+        count += 1
+    return count
+
+
+class Installer:
+    """Brings updates into the model of one worker in this process. `direct` None: goes directly once the first update
+    has shown that it is right; False: always vLLM's way."""
+
+    def __init__(self, worker: Any, shapes: Mapping[str, tuple[int, ...]], direct: bool | None = None):
+        self.worker, self.shapes = worker, shapes
+        self.direct = direct if worker.model_runner.device.type == "cuda" else False
+        self.plan: dict[str, list[Copy]] = {}
+
+    def install(self, weights: Weights, manifest: Manifest | None) -> Installed:
+        """Installs a complete set. Raises CorruptWeights when the engine then holds something else than was
+        published, naming the tensors."""
+        runner = self.worker.model_runner
+        model = runner.get_model()
+        counted = _Counted(weights)
+        way = "direct" if self.direct else "reload"
+        if self.direct:
+            copy_weights(self.plan, counted)
+            refresh_derived(model, runner.model_config.dtype)
+        else:
+            reload(self.worker, counted)
+            if self.direct is None and manifest is not None:
+                self._decide(model, manifest)
+        verified, wrong = differing(self.plan, manifest.entries if manifest else ()) if self.direct else (0, [])
+        if wrong:
+            raise CorruptWeights(f"after the update the engine holds other weights than were published: {_few(wrong)}")
+        return Installed(way, counted.count, verified)
+
+    def _decide(self, model: torch.nn.Module, manifest: Manifest) -> None:
+        """Called with the published weights in the model, brought there by vLLM."""
+        self.direct = False
+        try:
+            self.plan = plan_copies(model.load_weights, self.shapes)
+            refresh_derived(model, self.worker.model_runner.model_config.dtype)
+        except CannotPlan as error:
+            log.warning("weights go through vLLM's reload_weights, which is slower: %s", error)
+            return
+        verified, other = differing(self.plan, manifest.entries)
+        placed = len({entry.name for entry in manifest.entries} & self.plan.keys())
+        self.direct = not other and verified == placed
+        if not self.direct:
+            log.warning(
+                "weights go through vLLM's reload_weights, which is slower: this engine keeps %d of %d tensors in "
+                "another form or dtype than they were published in (%s) and %d in parts",
+                len(other), placed, _few(other), placed - verified,
+            )  # fmt: skip
+
+
+class _Counted:
+    """Passes tensors on and counts them."""
+
+    def __init__(self, weights: Weights):
+        self.weights, self.count = weights, 0
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for pair in self.weights:
+            self.count += 1
+            yield pair
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
