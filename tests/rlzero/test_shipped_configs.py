@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 BASES = [path for path in FILES if "init" in yaml.safe_load(path.read_text())]
 RUNS = [path for path in FILES if "rewards" in yaml.safe_load(path.read_text())]
-SUPERVISED = [path for path in FILES if path not in [*BASES, *RUNS]]
+TUNINGS = [path for path in FILES if "epochs" in yaml.safe_load(path.read_text())]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -31,11 +31,6 @@ def test_a_run_loads_and_its_resolved_text_is_the_same_run(path, monkeypatch, tm
 @pytest.mark.parametrize("path", BASES, ids=lambda path: path.stem)
 def test_a_base_recipe_loads(path):
     assert BaseConfig.load(path).steps > 0
-
-
-@pytest.mark.parametrize("path", SUPERVISED, ids=lambda path: path.stem)
-def test_a_supervised_run_loads(path):
-    assert SftConfig.load(path).epochs > 0
 
 
 @pytest.mark.parametrize("path", TUNINGS, ids=lambda path: path.stem)
