@@ -247,7 +247,7 @@ class V3Policy(Policy):
         return self._measured_hidden(batch, None)
 
     def _measured_hidden(self, batch: Batch, measure: BalanceOf | None) -> Float[Tensor, "n hidden"]:
-        bounds = batch.bounds.to(self.device)  # the model lays its attention out where the bounds are
+        bounds = batch.bounds  # on the CPU, where the model reads them
         out = self.module(batch.tokens, batch.positions, bounds, batch.routed_experts, measure or False)
         self._count(slice(0, len(out.load)), out.load)
         return out.hidden
@@ -257,7 +257,7 @@ class V3Policy(Policy):
     ) -> list[Float[Tensor, "n hidden"]]:
         if not self.module.config.num_nextn_predict_layers:
             raise ValueError("mtp_weight is set and num_nextn_predict_layers is 0: set one of them otherwise")
-        bounds = batch.bounds.to(self.device)
+        bounds = batch.bounds
         outputs = self.module.mtp(hidden, batch.tokens, batch.positions, bounds, measure or False)
         for depth, out in enumerate(outputs):
             row = self.module.config.moe_layers + depth

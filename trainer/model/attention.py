@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from trainer.model.config import V3Config
 from trainer.model.documents import Documents
-from trainer.model.layers import Linear, RMSNorm
+from trainer.model.layers import Linear, RMSNorm, has_kernels
 from trainer.model.packed_attention import packed_attention
 from trainer.model.rope import softmax_scale
 from trainer.precision.recipe import Recipe
@@ -41,11 +43,32 @@ class MLA(nn.Module):
         self, x: Float[Tensor, "n hidden"], turn: Complex[Tensor, "n pairs"], documents: Documents
     ) -> Float[Tensor, "n hidden"]:
         c, heads = self.config, self.config.num_attention_heads
-        q = self.wq(x) if c.q_lora_rank is None else self.wq_b(self.q_norm(self.wq_a(x)))
-        kv, k_pe = self.wkv_a(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        kv = self.wkv_b(self.kv_norm(kv))
+        q, kv, k_pe = self._latents(x)
+        q = self.wq(x) if q is None else self.wq_b(q)
+        kv = self.wkv_b(kv)
         out = packed_attention(
             q.unflatten(1, (heads, -1)), kv.unflatten(1, (heads, -1)), k_pe, turn, documents, self.scale,
             c.rope_interleave,
         )  # fmt: skip
         return self.wo(out.flatten(1))
+
+    def _latents(
+        self, x: Float[Tensor, "n hidden"]
+    ) -> tuple[Float[Tensor, "n q_lora"] | None, Float[Tensor, "n kv_lora"], Float[Tensor, "n rope"]]:
+        """The normed latents of queries (None without q_lora_rank) and of keys and values, and the key's part to be
+        rotated."""
+        c = self.config
+        if not has_kernels(x):
+            q = None if c.q_lora_rank is None else self.q_norm(self.wq_a(x))
+            kv, k_pe = self.wkv_a(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+            return q, self.kv_norm(kv), k_pe
+        from trainer.model.triton_norm import latent_norms
+
+        q_weight = None if c.q_lora_rank is None else self.q_norm.weight
+        if c.q_lora_rank is None:
+            latents = self.wkv_a(x)
+        elif self.wkv_a.recipe == "bf16":  # one product: the weights' copy costs less than a sum of two gradients
+            latents = F.linear(x, torch.cat((self.wq_a.weight, self.wkv_a.weight)))
+        else:
+            latents = torch.cat((self.wq_a(x), self.wkv_a(x)), dim=-1)
+        return latent_norms(latents, q_weight, self.kv_norm.weight, LATENT_NORM_EPS)

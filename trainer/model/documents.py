@@ -22,8 +22,69 @@ class Group:
 
 @dataclass(frozen=True)
 class Documents:
-    groups: tuple[Group, ...]
-    last: Int[Tensor, " n"]  # the last token of every token's document
+    """Where the documents of a batch lie, in the forms that attention asks for. Made from bounds on the CPU, so that no
+    device is waited for; each form is made once, when it is first asked for."""
+
+    bounds: Int[Tensor, " documents+1"]  # CPU, int64
+    device: torch.device
+    padding: float = 0.1
+    small: int = 1024
+
+    @cached_property
+    def lengths(self) -> Int[Tensor, " documents"]:
+        return self.bounds.diff()
+
+    @cached_property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    @cached_property
+    def equal(self) -> bool:
+        """Whether all documents are of one length: then the packed tokens are an array of documents as they lie."""
+        return bool((self.lengths == self.longest).all())
+
+    @cached_property
+    def cumulative(self) -> Int[Tensor, " documents+1"]:
+        """The bounds as the kernels for documents of mixed lengths want them: int32, on the device."""
+        return _move(self.bounds.int(), self.device)
+
+    @cached_property
+    def last(self) -> Int[Tensor, " n"]:
+        """The last token of every token's document."""
+        return _move(torch.repeat_interleave(self.bounds[1:] - 1, self.lengths), self.device)
+
+    @cached_property
+    def ids(self) -> Int[Tensor, " n"]:
+        """The document of every token."""
+        return _move(torch.repeat_interleave(torch.arange(len(self.lengths)), self.lengths), self.device)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Documents of similar length; a group's padding is at most the share `padding` of its tokens, or the group
+        has at most `small` places."""
+        order = torch.argsort(self.lengths, descending=True, stable=True)
+        ordered = self.lengths[order].tolist()
+        groups, start = [], 0
+        while start < len(ordered):
+            longest, end, held = ordered[start], start, 0
+            while end < len(ordered):
+                held += ordered[end]
+                if (end + 1 - start) * longest > max((1 + self.padding) * held, self.small):
+                    break
+                end += 1
+            groups.append(self._group(order[start:end].sort().values, longest))
+            start = end
+        return tuple(groups)
+
+    def _group(self, members: Int[Tensor, " documents"], longest: int) -> Group:
+        offsets, length = torch.arange(longest), self.lengths[members, None]
+        source = self.bounds[members, None] + torch.minimum(offsets, length - 1)
+        real = (offsets < length).flatten().nonzero()[:, 0]
+        padded = len(real) < source.numel()
+        tokens = source.flatten()[real] if padded else source.flatten()
+        return Group(
+            _move(source, self.device), _move(real, self.device) if padded else None, _move(tokens, self.device)
+        )
 
     @cached_property
     def source(self) -> Int[Tensor, " places"]:
@@ -42,36 +103,21 @@ class Documents:
         return place
 
 
-def group_documents(bounds: Int[Tensor, " documents+1"], padding: float = 0.1, small: int = 1024) -> Documents:
-    """Groups documents so that a group's padding is at most the share `padding` of its tokens, or the group has at
-    most `small` places. Raises ValueError for bounds that do not start at 0 or hold an empty document."""
-    device = bounds.device
+def group_documents(
+    bounds: Int[Tensor, " documents+1"],
+    padding: float = 0.1,
+    small: int = 1024,
+    device: torch.device | None = None,
+) -> Documents:
+    """The documents between `bounds`, for arrays on `device` (without: where the bounds are). Bounds on a GPU are read
+    back, which waits for it. Raises ValueError for bounds that do not start at 0 or hold an empty document."""
+    device = device or bounds.device
     bounds = bounds.cpu().long()
-    lengths = bounds.diff()
-    if len(bounds) < 2 or bounds[0] != 0 or (lengths < 1).any():
+    if len(bounds) < 2 or bounds[0] != 0 or (bounds.diff() < 1).any():
         raise ValueError(f"bounds {bounds.tolist()[:8]} do not describe documents: expected 0 < b1 < b2 < ... < n")
-    order = torch.argsort(lengths, descending=True, stable=True)
-    ordered = lengths[order].tolist()
-    groups, start = [], 0
-    while start < len(ordered):
-        longest, end, held = ordered[start], start, 0
-        while end < len(ordered):
-            held += ordered[end]
-            if (end + 1 - start) * longest > max((1 + padding) * held, small):
-                break
-            end += 1
-        members = order[start:end].sort().values
-        offsets, length = torch.arange(longest), lengths[members, None]
-        source = bounds[members, None] + torch.minimum(offsets, length - 1)
-        real = (offsets < length).flatten().nonzero()[:, 0]
-        padded = len(real) < source.numel()
-        groups.append(
-            Group(
-                source.to(device),
-                real.to(device) if padded else None,
-                (source.flatten()[real] if padded else source.flatten()).to(device),
-            )
-        )
-        start = end
-    last = torch.repeat_interleave(bounds[1:] - 1, lengths)
-    return Documents(tuple(groups), last.to(device))
+    return Documents(bounds, device, padding, small)
+
+
+def _move(x: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for what it has still to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

@@ -1,4 +1,4 @@
-"""The two small layers everything else is built of: a bias-free linear map on a recipe, and RMSNorm."""
+"""The small layers everything else is built of: a bias-free linear map on a recipe, RMSNorm, SwiGLU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trainer.precision.recipe import Recipe, matmul
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the model computes `x` with the kernels for a GPU (triton_*.py; every floating dtype) or as plain torch
+    operations."""
+    return x.is_cuda
 
 
 class Linear(nn.Module):
@@ -31,9 +37,21 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "n size"]) -> Float[Tensor, "n size"]:
+        return self.add(x, None)[1]
+
+    def add(
+        self, x: Float[Tensor, "n size"], delta: Float[Tensor, "n size"] | None
+    ) -> tuple[Float[Tensor, "n size"], Float[Tensor, "n size"]]:
+        """(x + delta, the norm of that). Without `delta` the first is `x`: where `x` is used again, use it instead;
+        a GPU then sums both gradients in one pass."""
+        if has_kernels(x):
+            from trainer.model.triton_norm import add_norm
+
+            return add_norm(x, delta, self.weight, self.eps)
+        x = x if delta is None else x + delta
         if x.device.type == "cpu":
-            return _RMSNormOnCPU.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return x, _RMSNormOnCPU.apply(x, self.weight, self.eps)
+        return x, F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
@@ -75,6 +93,10 @@ class SwiGLU(nn.Module):
 
 def swiglu(gate_and_up: Float[Tensor, "n two_wide"]) -> Float[Tensor, "n wide"]:
     """silu(gate) · up of [gate, up]. Keeps its input only; the rest is computed again in the backward pass."""
+    if has_kernels(gate_and_up):
+        from trainer.model.gpu_moe import weighted_swiglu
+
+        return weighted_swiglu(gate_and_up, None)
     return _SwiGLU.apply(gate_and_up)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trainer.model.config import V3Config
-from trainer.model.layers import SwiGLU, swiglu
+from trainer.model.layers import SwiGLU, has_kernels, swiglu
 from trainer.precision.recipe import Recipe, grouped_matmul
 
 
@@ -46,6 +46,14 @@ class Router(nn.Module):
     def forward(self, x: Float[Tensor, "n hidden"], replay: Int[Tensor, "n k"] | None = None) -> Routing:
         """`replay` fixes the experts of every token; a row with a -1 lets the router choose all of them."""
         c = self.config
+        if has_kernels(x):
+            return self._on_gpu(x, replay)
+        scores, weights, experts = self._decide(x, replay)
+        load = torch.bincount(experts.flatten(), minlength=c.n_routed_experts)
+        return Routing(scores, experts, weights, load)
+
+    def _decide(self, x, replay):
+        c = self.config
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
         experts = select_experts(scores.detach() + self.bias, c.n_group, c.topk_group, c.num_experts_per_tok)
         if replay is not None:
@@ -53,8 +61,21 @@ class Router(nn.Module):
         weights = scores.gather(1, experts)
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        load = torch.bincount(experts.flatten(), minlength=c.n_routed_experts)
-        return Routing(scores, experts, weights * c.routed_scaling_factor, load)
+        return scores, weights * c.routed_scaling_factor, experts
+
+    def _on_gpu(self, x, replay) -> Routing:
+        from trainer.model.gpu_moe import route
+        from trainer.model.triton_route import can_decide, load_of
+
+        c = self.config
+        if can_decide(c.n_routed_experts, c.n_group):
+            scores, weights, experts = route(
+                x, self.weight, self.bias, replay, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob,
+                c.routed_scaling_factor,
+            )  # fmt: skip
+        else:  # groups that are no power of two, which no published model has: fifteen operations instead of two
+            scores, weights, experts = self._decide(x, replay)
+        return Routing(scores, experts, weights, load_of(experts, c.n_routed_experts))
 
 
 def select_experts(biased: Float[Tensor, "n experts"], n_group: int, topk_group: int, k: int) -> Int[Tensor, "n k"]:
@@ -81,8 +102,35 @@ class Experts(nn.Module):
         self.w13 = nn.Parameter(torch.empty(experts, 2 * wide, hidden))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, wide))
         self.recipe: Recipe = recipe
+        self.keep_rows = True  # on a GPU: keep the tokens' copies by expert for the backward pass, or copy again
 
-    def forward(self, x: Float[Tensor, "n hidden"], routing: Routing) -> Float[Tensor, "n hidden"]:
+    def forward(
+        self,
+        x: Float[Tensor, "n hidden"],
+        routing: Routing,
+        shared: SwiGLU | None = None,
+        residual: Float[Tensor, "n hidden"] | None = None,
+    ) -> Float[Tensor, "n hidden"]:
+        """Σ weight · expert(x) + shared(x) + residual."""
+        if has_kernels(x):
+            return self._on_gpu(x, routing, shared, residual)
+        y = self._routed(x, routing)
+        y = y if shared is None else y + shared(x)
+        return y if residual is None else residual + y
+
+    def _on_gpu(self, x, routing: Routing, shared, residual) -> Float[Tensor, "n hidden"]:
+        from trainer.model import gpu_moe
+
+        if self.recipe == "bf16" and x.dtype == self.w13.dtype == torch.bfloat16:
+            weights = None if shared is None else (shared.w13.weight, shared.w2.weight)
+            return gpu_moe.experts(
+                x, routing.weights, routing.experts, self.w13, self.w2, weights, residual, self.keep_rows
+            )
+        y = gpu_moe.experts_by_recipe(x, routing.weights, routing.experts, self.w13, self.w2, self.recipe)
+        y = y if shared is None else y + shared(x)
+        return y if residual is None else residual + y
+
+    def _routed(self, x: Float[Tensor, "n hidden"], routing: Routing) -> Float[Tensor, "n hidden"]:
         k = routing.experts.shape[1]
         order = routing.experts.flatten().argsort(stable=True)  # rows by expert; row r is choice r % k of token r // k
         offsets = routing.load.cumsum(0).to(torch.int32)
@@ -150,13 +198,17 @@ class MoE(nn.Module):
         self.exchange = None  # trainer.parallel_experts: where the experts live on several ranks
 
     def forward(
-        self, x: Float[Tensor, "n hidden"], replay: Int[Tensor, "n k"] | None = None
+        self,
+        x: Float[Tensor, "n hidden"],
+        replay: Int[Tensor, "n k"] | None = None,
+        residual: Float[Tensor, "n hidden"] | None = None,
     ) -> tuple[Float[Tensor, "n hidden"], Routing]:
+        """The layer's output, plus `residual` where it is given."""
         routing = self.router(x, replay)
-        if self.exchange is not None:
-            return self.exchange(self, x, routing), routing
-        y = self.experts(x, routing)
-        return (y if self.shared is None else y + self.shared(x)), routing
+        if self.exchange is None:
+            return self.experts(x, routing, self.shared, residual), routing
+        y = self.exchange(self, x, routing)
+        return y if residual is None else residual + y, routing
 
 
 def sequence_balance(

@@ -1,7 +1,8 @@
-"""Causal attention of MLA's heads over packed documents, two ways that compute the same.
+"""Causal attention of MLA's heads over packed documents, three ways that compute the same.
 
-Short documents on a CPU: batched products over groups of documents, with a backward pass of its own that keeps the
-probabilities and gathers the rest again. Everything else: `scaled_dot_product_attention` over the same groups.
+On a GPU in BF16: gpu_attention.py. Short documents on a CPU: batched products over groups of documents, with a backward
+pass of its own that keeps the probabilities and gathers the rest again. Everything else (long documents on a CPU,
+float32 on a GPU): `scaled_dot_product_attention` over the same groups.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from trainer.model.documents import Documents, Group
+from trainer.model.layers import has_kernels
 from trainer.model.rope import apply_rope
 
 SHORT = 512  # tokens; the probabilities of longer documents would not fit
@@ -29,8 +31,11 @@ def packed_attention(
     """softmax(scale · q kᵀ) v of every token over its document up to itself. `q` ends in its part to be rotated, `kv`
     is the key's part without position followed by the value, `k_pe` the rotated part that all heads share; `turn`
     rotates them (see `rope.turns`)."""
-    longest = max(group.source.shape[1] for group in documents.groups)
-    if q.device.type == "cpu" and longest <= SHORT:
+    if has_kernels(q) and q.dtype in (torch.bfloat16, torch.float16):
+        from trainer.model.gpu_attention import gpu_attention
+
+        return gpu_attention(q, kv, k_pe, turn, documents, scale, interleave)
+    if q.device.type == "cpu" and documents.longest <= SHORT:
         return _ShortDocumentsOnCPU.apply(q, kv, k_pe, turn, documents, scale, interleave)
     nope, rope = q.shape[-1] - k_pe.shape[-1], k_pe.shape[-1]
     q = torch.cat((q[..., :nope], apply_rope(q[..., nope:], turn, interleave)), dim=-1)

@@ -43,7 +43,7 @@ def rotation(
 ) -> tuple[Float[Tensor, "n pairs"], Float[Tensor, "n pairs"]]:
     """Cosine and sine of every pair's angle, float32 whatever the model's dtype, times YaRN's attention factor (1 for
     DeepSeek's own settings, where `mscale` equals `mscale_all_dim`)."""
-    angles = positions.float()[:, None] * frequencies(config).to(positions.device)
+    angles = positions.float()[:, None] * _frequencies_on(config, positions.device)
     attention_factor = 1.0
     if yarn := config.rope_scaling:
         factor, mscale, all_dim = yarn["factor"], yarn.get("mscale"), yarn.get("mscale_all_dim")
@@ -53,6 +53,19 @@ def rotation(
                 _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor, 1)
             )
     return angles.cos() * attention_factor, angles.sin() * attention_factor
+
+
+_on_device: dict[tuple, Tensor] = {}
+
+
+def _frequencies_on(config: V3Config, device: torch.device) -> Float[Tensor, " pairs"]:
+    """`frequencies`, moved once: a copy to a GPU in every step would wait for the steps before it."""
+    if device.type == "cpu" or device.type == "meta":
+        return frequencies(config).to(device)
+    key = (config.qk_rope_head_dim, config.rope_theta, repr(config.rope_scaling), device)
+    if key not in _on_device:
+        _on_device[key] = frequencies(config).to(device)
+    return _on_device[key]
 
 
 def turns(config: V3Config, positions: Int[Tensor, " n"]) -> Complex[Tensor, "n pairs"]:

@@ -51,11 +51,11 @@ class Block(nn.Module):
         documents: Documents,
         replay: Int[Tensor, "n k"] | None = None,
     ) -> tuple[Float[Tensor, "n hidden"], Routing | None]:
-        x = x + self.attn(self.attn_norm(x), turn, documents)
+        x, h = self.attn_norm.add(x, None)
+        x, h = self.ffn_norm.add(x, self.attn(h, turn, documents))
         if isinstance(self.ffn, SwiGLU):
-            return x + self.ffn(self.ffn_norm(x)), None
-        y, routing = self.ffn(self.ffn_norm(x), replay)
-        return x + y, routing
+            return x + self.ffn(h), None
+        return self.ffn(h, replay, residual=x)
 
 
 class MTP(nn.Module):
@@ -101,11 +101,12 @@ class V3Model(nn.Module):
         routed_experts: Int[Tensor, "n moe_layers k"] | None = None,
         balance: bool | BalanceOf = False,
     ) -> V3Output:
-        """Document d is tokens[bounds[d]:bounds[d + 1]] and sees itself only. `routed_experts` replays the routing of
+        """Document d is tokens[bounds[d]:bounds[d + 1]] and sees itself only; leave `bounds` on the CPU, where they are
+        read: from a GPU they are read back, which waits for it. `routed_experts` replays the routing of
         the tokens whose row is not -1. `balance` asks for the sequence-wise balance loss, or for another measure of
         every layer's routing: a function of the layer's row in `load` and its `Routing`."""
-        self._check(tokens, positions, bounds, routed_experts)
-        documents = group_documents(bounds, padding=0.1 if tokens.device.type == "cpu" else 0.4)
+        documents = group_documents(bounds, device=tokens.device)
+        self._check(tokens, positions, documents, routed_experts)
         turn = turns(self.config, positions)
         x = F.embedding(tokens, self.embed)
         routings: list[Routing] = []
@@ -114,7 +115,7 @@ class V3Model(nn.Module):
             x, routing = self._block(layer, x, turn, documents, replay)
             if routing is not None:
                 routings.append(routing)
-        return self._output(self.norm(x), routings, bounds, balance)
+        return self._output(self.norm(x), routings, documents, balance)
 
     def mtp(
         self,
@@ -127,14 +128,14 @@ class V3Model(nn.Module):
         """One output per depth. `logits(outputs[d - 1].hidden)` at token i predict token i + d + 1 of its document,
         and mean nothing on a document's last d + 1 tokens. `hidden` is the main model's, after the final norm: what
         vLLM, SGLang and transformers feed the draft (section 2.2, eq. 21-23)."""
-        documents = group_documents(bounds, padding=0.1 if tokens.device.type == "cpu" else 0.4)
+        documents = group_documents(bounds, device=tokens.device)
         turn = turns(self.config, positions)
         outputs = []
         for depth, layer in enumerate(self.mtp_layers, start=1):
             # Past the document's end there is no token: its last stands in, never another document's.
             later = torch.minimum(torch.arange(len(tokens), device=tokens.device) + depth, documents.last)
             hidden, routing = self._block(layer, F.embedding(tokens[later], self.embed), hidden, turn, documents)
-            outputs.append(self._output(hidden, [routing], bounds, balance, self.config.moe_layers + depth - 1))
+            outputs.append(self._output(hidden, [routing], documents, balance, self.config.moe_layers + depth - 1))
         return outputs
 
     def logits(self, hidden: Float[Tensor, "n hidden"]) -> Float[Tensor, "n vocab"]:
@@ -179,7 +180,7 @@ class V3Model(nn.Module):
             return torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)
 
-    def _output(self, hidden, routings: list[Routing], bounds, balance, first_row: int = 0) -> V3Output:
+    def _output(self, hidden, routings: list[Routing], documents: Documents, balance, first_row: int = 0) -> V3Output:
         c = self.config
         if not routings:
             empty = hidden.new_zeros((0, c.n_routed_experts), dtype=torch.long)
@@ -188,19 +189,18 @@ class V3Model(nn.Module):
         if callable(balance):
             losses = torch.stack([balance(first_row + i, r) for i, r in enumerate(routings)])
         elif balance:
-            lengths = bounds.diff()
-            ids = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
-            losses = torch.stack([sequence_balance(r, c.num_experts_per_tok, ids, len(lengths)) for r in routings])
+            ids, count, k = documents.ids, len(documents.lengths), c.num_experts_per_tok
+            losses = torch.stack([sequence_balance(r, k, ids, count) for r in routings])
         load = torch.stack([r.load for r in routings])
         return V3Output(hidden, load, torch.stack([r.experts for r in routings], dim=1), losses)
 
-    def _check(self, tokens, positions, bounds, routed_experts) -> None:
+    def _check(self, tokens, positions, documents: Documents, routed_experts) -> None:
         n, c = len(tokens), self.config
         wrong = []
         if positions.shape != tokens.shape:
             wrong.append(f"positions of shape {list(positions.shape)} for tokens of shape {list(tokens.shape)}")
-        if int(bounds[-1]) != n:
-            wrong.append(f"bounds end at {int(bounds[-1])}, the batch has {n} tokens")
+        if (end := int(documents.bounds[-1])) != n:
+            wrong.append(f"bounds end at {end}, the batch has {n} tokens")
         expected = (n, c.moe_layers, c.num_experts_per_tok)
         if routed_experts is not None and routed_experts.shape != expected:
             wrong.append(f"routed_experts of shape {list(routed_experts.shape)}, expected {list(expected)}")

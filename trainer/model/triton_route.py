@@ -1,0 +1,247 @@
+"""The router's decisions and the order of the tokens by expert, on a GPU, without the host ever knowing a count.
+
+`decide` makes scores, chosen experts and weights of the router's logits in one kernel; `Order.of` is a counting sort:
+counts per block of tokens, their running sums, and every choice's row from them. Integer sums only: the same order in
+every run. All shapes follow from the number of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@triton.jit
+def _decide(
+    logits, bias, replay, scores, experts, weights, n, total, replay_stride, factor, K: tl.constexpr, E: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT: tl.constexpr, RENORM: tl.constexpr, REPLAY: tl.constexpr, TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, E)
+    here = token < n
+    inside = here[:, None] & (expert < total)[None, :]
+    score = tl.load(logits + token[:, None] * total + expert[None, :], mask=inside, other=0.0)
+    score = 1.0 / (1.0 + tl.exp(-score))
+    tl.store(scores + token[:, None] * total + expert[None, :], score, mask=inside)
+    biased = score + tl.load(bias + expert, mask=expert < total, other=0.0)[None, :]
+    biased = tl.where((expert < total)[None, :], biased, float("-inf"))
+    if GROUPS > 1:
+        grouped = tl.reshape(biased, [TOKENS, GROUPS, E // GROUPS])
+        best = tl.max(grouped, 2)
+        inner = tl.arange(0, E // GROUPS)[None, None, :]
+        first = tl.argmax(grouped, 2)
+        value = best + tl.max(tl.where(inner == first[:, :, None], float("-inf"), grouped), 2)  # [tokens, groups]
+        group = tl.arange(0, GROUPS)[None, :]
+        keep = tl.zeros([TOKENS, GROUPS], tl.int32)
+        for _ in tl.static_range(KEPT):
+            chosen = tl.argmax(value, 1)[:, None]
+            keep = tl.where(group == chosen, 1, keep)
+            value = tl.where(group == chosen, float("-inf"), value)
+        biased = tl.reshape(tl.where(keep[:, :, None] > 0, grouped, float("-inf")), [TOKENS, E])
+    routes_itself = here
+    if REPLAY:
+        for j in tl.static_range(K):
+            routes_itself &= tl.load(replay + token * replay_stride + j, mask=here, other=0) >= 0
+        routes_itself = here & (routes_itself == 0)
+    slot = tl.arange(0, SLOTS)
+    all_experts = tl.zeros([TOKENS, SLOTS], tl.int32)
+    all_scores = tl.zeros([TOKENS, SLOTS], tl.float32)
+    for j in tl.static_range(K):
+        chosen = tl.argmax(biased, 1)
+        biased = tl.where(expert[None, :] == chosen[:, None], float("-inf"), biased)
+        if REPLAY:
+            given = tl.load(replay + token * replay_stride + j, mask=here, other=0).to(tl.int32)
+            chosen = tl.where(routes_itself, chosen, given)
+        value = tl.sum(tl.where(expert[None, :] == chosen[:, None], score, 0.0), 1)
+        all_experts = tl.where(slot[None, :] == j, chosen[:, None], all_experts)
+        all_scores = tl.where(slot[None, :] == j, value[:, None], all_scores)
+    if RENORM:
+        all_scores = all_scores / (tl.sum(all_scores, 1) + 1e-20)[:, None]
+    place = token[:, None] * K + slot[None, :]
+    real = here[:, None] & (slot < K)[None, :]
+    tl.store(experts + place, all_experts.to(tl.int64), mask=real)
+    tl.store(weights + place, all_scores * factor, mask=real)
+
+
+@triton.jit
+def _decide_backward(
+    scores, experts, d_weights, d_scores, d_logits, n, total, factor, K: tl.constexpr, E: tl.constexpr,
+    RENORM: tl.constexpr, SCORES: tl.constexpr, HALVES: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, E)
+    here = token < n
+    inside = here[:, None] & (expert < total)[None, :]
+    at = token[:, None] * total + expert[None, :]
+    score = tl.load(scores + at, mask=inside, other=0.0)
+    slot = tl.arange(0, SLOTS)
+    real = here[:, None] & (slot < K)[None, :]
+    grad = tl.load(d_weights + token[:, None] * K + slot[None, :], mask=real, other=0.0) * factor
+    grad_score = tl.zeros([TOKENS, E], tl.float32)
+    if SCORES:
+        grad_score = tl.load(d_scores + at, mask=inside, other=0.0)
+    mean = tl.zeros([TOKENS], tl.float32)
+    norm = tl.full([TOKENS], 1e-20, tl.float32)
+    if RENORM:  # w_j = s_j / norm with norm the sum of the chosen s: d s_j = (d w_j - Σ d w_i w_i) / norm
+        for j in tl.static_range(K):
+            chosen = tl.load(experts + token * K + j, mask=here, other=0).to(tl.int32)
+            value = tl.sum(tl.where(expert[None, :] == chosen[:, None], score, 0.0), 1)
+            norm += value
+            mean += value * tl.sum(tl.where(slot[None, :] == j, grad, 0.0), 1)
+        mean = mean / norm
+    for j in tl.static_range(K):
+        chosen = tl.load(experts + token * K + j, mask=here, other=0).to(tl.int32)
+        d_score = tl.sum(tl.where(slot[None, :] == j, grad, 0.0), 1)
+        if RENORM:
+            d_score = (d_score - mean) / norm
+        grad_score += tl.where(expert[None, :] == chosen[:, None], d_score[:, None], 0.0)
+    result = grad_score * score * (1.0 - score)
+    if HALVES:  # a float32 as the sum of two narrower numbers
+        upper = result.to(d_logits.dtype.element_ty)
+        lower = (result - upper.to(tl.float32)).to(d_logits.dtype.element_ty)
+        at = token[:, None] * (2 * total) + expert[None, :]
+        tl.store(d_logits + at, upper, mask=inside)
+        tl.store(d_logits + at + total, lower, mask=inside)
+    else:
+        tl.store(d_logits + at, result.to(d_logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _count(experts, counts, n, total, K: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, E)
+    hits = tl.zeros([TOKENS, E], tl.int32)
+    for j in tl.static_range(K):
+        chosen = tl.load(experts + token * K + j, mask=token < n, other=-1).to(tl.int32)
+        hits += (expert[None, :] == chosen[:, None]).to(tl.int32)
+    tl.store(counts + block * total + expert, tl.sum(hits, 0), mask=expert < total)
+
+
+@triton.jit
+def _place(
+    experts, starts, weights, place, row_weights, n, total, K: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr
+):
+    block = tl.program_id(0).to(tl.int64)
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, E)
+    here = token < n
+    hits = tl.zeros([TOKENS, E], tl.int32)
+    for j in tl.static_range(K):
+        chosen = tl.load(experts + token * K + j, mask=here, other=-1).to(tl.int32)
+        hits += (expert[None, :] == chosen[:, None]).to(tl.int32)
+    start = tl.load(starts + block * total + expert, mask=expert < total, other=0).to(tl.int32)
+    free = start[None, :] + tl.cumsum(hits, 0) - hits  # the next free row of every expert, as the token sees it
+    for j in tl.static_range(K):
+        chosen = tl.load(experts + token * K + j, mask=here, other=-1).to(tl.int32)
+        one = expert[None, :] == chosen[:, None]
+        row = tl.sum(tl.where(one, free, 0), 1)
+        free += one.to(tl.int32)
+        tl.store(place + token * K + j, row, mask=here)
+        weight = tl.load(weights + token * K + j, mask=here, other=0.0)
+        tl.store(row_weights + row, weight, mask=here)
+
+
+def _shape(experts: int) -> dict[str, int]:
+    """Every kernel here holds a [TOKENS, E] tile."""
+    e = triton.next_power_of_2(experts)
+    return {"E": e, "TOKENS": max(2048 // e, 8), "num_warps": 4}
+
+
+def can_decide(experts: int, groups: int) -> bool:
+    """Whether `decide` covers this router: it cuts the experts into groups by powers of two."""
+    return groups == 1 or (experts & (experts - 1) == 0 and groups & (groups - 1) == 0)
+
+
+def decide(
+    logits: Float[Tensor, "n experts"],
+    bias: Float[Tensor, " experts"],
+    replay: Int[Tensor, "n k"] | None,
+    groups: int,
+    kept_groups: int,
+    k: int,
+    renormalize: bool,
+    factor: float,
+) -> tuple[Float[Tensor, "n experts"], Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """Sigmoid scores (float32), the chosen experts in falling order of score + bias (of equal ones the first; see
+    `moe.select_experts` for the rule) or those to be replayed, and their weights (float32)."""
+    n, total = logits.shape
+    scores = torch.empty_like(logits)
+    experts = torch.empty(n, k, dtype=torch.long, device=logits.device)
+    weights = logits.new_empty(n, k)
+    shape = _shape(total)
+    if replay is not None and replay.stride(1) != 1:
+        replay = replay.contiguous()
+    _decide[(triton.cdiv(n, shape["TOKENS"]),)](
+        logits, bias, experts if replay is None else replay, scores, experts, weights, n, total,
+        0 if replay is None else replay.stride(0), factor, K=k, GROUPS=groups, KEPT=kept_groups, RENORM=renormalize,
+        REPLAY=replay is not None, SLOTS=triton.next_power_of_2(k), **shape,
+    )  # fmt: skip
+    return scores, experts, weights
+
+
+def decide_backward(
+    scores: Float[Tensor, "n experts"],
+    experts: Int[Tensor, "n k"],
+    d_weights: Float[Tensor, "n k"],
+    d_scores: Float[Tensor, "n experts"] | None,
+    renormalize: bool,
+    factor: float,
+    dtype: torch.dtype,
+) -> Float[Tensor, "n one_or_two_experts"]:
+    """The gradient of the logits: float32, or for a narrower `dtype` two numbers side by side whose sum it is (to the
+    square of the dtype's rounding)."""
+    (n, total), k = scores.shape, experts.shape[1]
+    halves = dtype != torch.float32
+    d_logits = torch.empty(n, total * (2 if halves else 1), dtype=dtype, device=scores.device)
+    shape = _shape(total)
+    _decide_backward[(triton.cdiv(n, shape["TOKENS"]),)](
+        scores, experts, d_weights.contiguous(), scores if d_scores is None else d_scores.contiguous(), d_logits, n,
+        total, factor, K=k, RENORM=renormalize, SCORES=d_scores is not None, HALVES=halves,
+        SLOTS=triton.next_power_of_2(k), **shape,
+    )  # fmt: skip
+    return d_logits
+
+
+def _counts(experts: Int[Tensor, "n k"], total: int) -> Int[Tensor, "blocks experts"]:
+    shape = _shape(total)
+    n, k = experts.shape
+    blocks = triton.cdiv(n, shape["TOKENS"])
+    counts = torch.empty(blocks, total, dtype=torch.int32, device=experts.device)
+    _count[(blocks,)](experts, counts, n, total, K=k, **shape)
+    return counts
+
+
+def load_of(experts: Int[Tensor, "n k"], total: int) -> Int[Tensor, " experts"]:
+    """Tokens sent to each expert (int64). torch.bincount waits for the GPU, this does not."""
+    return _counts(experts, total).sum(0)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Rows by expert: choice j of token t is row place[t, j], the rows of expert e end before ends[e]; among an
+    expert's rows the tokens keep their order."""
+
+    place: Int[Tensor, "n k"]  # int32
+    ends: Int[Tensor, " experts"]  # int32
+    row_weights: Float[Tensor, " rows"]  # float32, the routing weight of every row
+
+    @classmethod
+    def of(cls, experts: Int[Tensor, "n k"], weights: Float[Tensor, "n k"], total: int) -> Order:
+        counts = _counts(experts, total)
+        running = counts.cumsum(0, dtype=torch.int32)  # [blocks, experts]
+        load = running[-1]
+        ends = load.cumsum(0, dtype=torch.int32)
+        starts = running - counts + (ends - load)
+        place = torch.empty(experts.shape, dtype=torch.int32, device=experts.device)
+        row_weights = torch.empty(experts.numel(), dtype=torch.float32, device=experts.device)
+        shape = _shape(total)
+        n, k = experts.shape
+        _place[(len(counts),)](experts, starts, weights.contiguous(), place, row_weights, n, total, K=k, **shape)
+        return cls(place, ends, row_weights)
