@@ -159,6 +159,7 @@ def export(
     source: Annotated[Path, typer.Argument(help="a run, a checkpoint or a model folder", show_default=False)],
     target: Annotated[Path, typer.Argument(help="new folder", show_default=False)],
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as it is if not given")] = None,
+    format: Annotated[str | None, typer.Option(help="bf16, or fp8 as in DeepSeek's release (128x128 blocks)")] = None,
 ) -> None:
     """Write a checkpoint as a plain Hugging Face folder."""
     from rlzero.export import export as write
@@ -166,7 +167,9 @@ def export(
 
     if dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype {dtype}: expected float32 or bfloat16")
-    typer.echo(str(write(source, target, dtype)))
+    if format not in (None, "bf16", "fp8") or (dtype and format):
+        raise UsageError(f"--format {format}: expected bf16 or fp8, and not beside --dtype")
+    typer.echo(str(write(source, target, dtype, format)))
 
 
 @app.command()

@@ -27,7 +27,13 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F8_E4M3": FLOAT8,
-}  # what weights may be stored in, by safetensors' names
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # by safetensors' names
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -21,7 +21,7 @@ from trainer.precision.recipe import Recipe
 
 SHARD_BYTES = 4 * 1024**3
 Format = Literal["fp32", "bf16", "fp8"]
-_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: of what is not quantized
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # fp8: of what is not quantized
 
 # What DeepSeek's FP8 release quantizes: every Linear of attention, MLP and experts. Embedding, head, router, norms and
 # MTP's eh_proj stay BF16, the router's bias float32.
@@ -133,6 +133,7 @@ def load_weights(model: V3Model, folder: str | Path) -> None:
     missing = set(places) - set(_copies(model, places)) - set(reader.entries) - reader.lost
     weights = [entry for name, entry in reader.entries.items() if not name.endswith(SCALE)]
     wrong = [mistake for entry in weights if (mistake := _misfit(places, entry.name, entry.shape))]
+    wrong += [f"dtype: {e.name} is {e.dtype}, expected a float" for e in weights if not e.dtype.is_floating_point]
     wrong = [*reader.problems, *wrong, *(f"missing: {name}" for name in sorted(missing))]
     if wrong:
         refuse(f"{folder} does not fit the model", wrong)
@@ -170,7 +171,7 @@ def _stored_as(entry: Entry, format: Format | None) -> Iterator[Entry]:
         yield Entry(entry.name + SCALE, torch.float32, block_scales_shape(*entry.shape))
     else:
         keep = format is None or entry.name.endswith("e_score_correction_bias")
-        yield Entry(entry.name, entry.dtype if keep else _DTYPE[format], entry.shape)
+        yield Entry(entry.name, entry.dtype if keep else DTYPE[format], entry.shape)
 
 
 def _encode(name: str, tensor: Tensor, format: Format | None, scales: Tensor | None) -> Iterator[tuple[str, Tensor]]:
@@ -204,7 +205,7 @@ def save_folder(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = str(_DTYPE[format] if format else model.embed.dtype).removeprefix("torch.")
+    dtype = str(DTYPE[format] if format else model.embed.dtype).removeprefix("torch.")
     config = {**model.config.to_hf(), "torch_dtype": dtype}
     if format == "fp8":
         config["quantization_config"] = FP8_BLOCKS
@@ -226,7 +227,7 @@ def convert_folder(source: str | Path, target: str | Path, format: Format, shard
     V3Config.load(source)
     config = json.loads((source / "config.json").read_text())
     config.pop("quantization_config", None)
-    config["dtype" if "dtype" in config else "torch_dtype"] = str(_DTYPE[format]).removeprefix("torch.")
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(DTYPE[format]).removeprefix("torch.")
     if format == "fp8":
         config["quantization_config"] = FP8_BLOCKS
     reader = FolderReader(source)
