@@ -88,7 +88,8 @@ class WarmProcess:
             raise WorkerGone(self._ending()) from error
 
     def receive(self) -> list[dict[str, Any]]:
-        """Every complete reply that has arrived, without waiting; raises WorkerGone when the keeper has ended."""
+        """Every complete reply that has arrived, without waiting; raises WorkerGone when the keeper has ended.
+        Afterwards `worker_pid` is the worker that takes requests: None from a `replace` to its successor's `ready`."""
         closed = False
         while True:
             try:
@@ -113,6 +114,9 @@ class WarmProcess:
                 continue
             if "failed" in reply:
                 raise WorkerGone(f"the worker process could not start:\n{reply['failed']}")
+            # in the order of writing: a worker's last reply and its successor's first may come together
+            if reply.get("replace"):
+                self.worker_pid = None
             if "ready" in reply:
                 self.worker_pid = reply["ready"]
             replies.append(reply)

@@ -212,11 +212,9 @@ class RewardRunner:
                     seat.task = None
                 elif self.kinds[task.reward] == "each":
                     seat.start_clock(reply["cpu_s"])
-                if reply.get("replace"):
-                    seat.process.worker_pid = None  # the next `ready` names its successor
-                    if seat.task is not None:
-                        seat.task = None
-                        self._requeue(task)
+                if reply.get("replace") and seat.task is not None:
+                    seat.task = None
+                    self._requeue(task)
 
     def _hold_deadline(self, seat: _Seat) -> None:
         if seat.task is None or time.monotonic() < seat.deadline:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rewards.load import RewardError
+from rewards.process import WarmProcess
 from rewards.runner import RewardRunner
 
 SOURCE = '''
@@ -234,3 +235,28 @@ def test_workers_end_when_their_caller_is_killed(file):
     while any(map(_alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(pids) == 2 and not any(map(_alive, pids))
+
+
+def test_a_last_reply_and_the_successors_first_read_together_leave_a_worker_to_write_to(tmp_path, monkeypatch):
+    (tmp_path / "worn_out.py").write_text(
+        "def make_handler():\n    return lambda request: iter([{'answer': request, 'replace': True}])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    process = WarmProcess("worn_out:make_handler")
+    try:
+        (first,) = process.wait(60)
+        process.send("last")
+        deadline = time.monotonic() + 60
+        while process._keeper.poll() is None and time.monotonic() < deadline:  # until the successor is there
+            children = Path(f"/proc/{process._keeper.pid}/task/{process._keeper.pid}/children").read_text().split()
+            if children and children != [str(first["ready"])]:
+                break
+            time.sleep(0.01)
+        time.sleep(0.2)  # it writes its `ready` at once
+        replies = process.receive()
+        assert [key for reply in replies for key in ("started", "answer", "ready") if key in reply] == [
+            "started", "answer", "ready",
+        ]  # fmt: skip
+        assert process.worker_pid == replies[-1]["ready"] != first["ready"]
+    finally:
+        process.close()
