@@ -6,6 +6,7 @@ Engines live in one child process, one at a time: vLLM changes process-wide stat
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -25,7 +26,10 @@ from torch import Tensor
 from rollout.engine import Request, Rollout, Sampling, generate
 from rollout.expected_weights import ExpectedWeights
 from rollout.probe import gap, probe_sequences
+from rollout.transport.base import describe_all
+from rollout.transport.ipc import IpcTransport
 from rollout.vllm_engine import VLLMEngine, check_release, request_seed
+from rollout.vllm_weights import Installed, copy_weights, differing, plan_copies
 
 pytestmark = pytest.mark.timeout(170)
 
@@ -155,11 +159,24 @@ def perturbed(weights: Weights, pattern: str, seed: int) -> Weights:
 # ---- the engines' process ----
 
 
+class EngineUnderTest(VLLMEngine):
+    """Runs functions of the tests where the engine's model is."""
+
+    def inside(self, function, *args):
+        (answer,) = self._vllm.engine_core.collective_rpc(function, args=args)
+        return answer
+
+    def take(self, handle, version: int) -> Installed:
+        """An update through shared buffers."""
+        self.update(IpcTransport().receive(handle), version)
+        return self.installed
+
+
 class EngineProcess(BaseManager):
     pass
 
 
-EngineProcess.register("VLLMEngine", VLLMEngine)
+EngineProcess.register("VLLMEngine", EngineUnderTest)
 
 
 class Engines:
@@ -222,6 +239,19 @@ def engine(engines, reference):
         raise AssertionError(f"a test left request {rollout.id} running")
 
 
+@pytest.fixture(scope="module")
+def transport() -> Iterator[IpcTransport]:
+    transport = IpcTransport(64 << 10, payload=getattr(torch, DTYPE))
+    yield transport
+    transport.close()
+
+
+def install(engine, transport: IpcTransport, weights: Weights, version: int) -> Installed:
+    """The way of a real sync, from the device that trains."""
+    there = {name: tensor.to("cuda" if ON_GPU else "cpu") for name, tensor in weights.items()}
+    return engine.take(transport.publish(there.items(), version), version)
+
+
 SEQUENCES = probe_sequences(VOCAB, without=(0, 1, 2))
 
 
@@ -275,18 +305,60 @@ def test_greedy_takes_the_most_likely_token_and_reports_temperature_one(engine, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_update_reaches_every_kind_of_weight(engine, reference, family):
+def test_update_reaches_every_kind_of_weight(engine, reference, transport, family):
     before = reference.score(SEQUENCES)
     for version in (1, 2):  # twice: the second update starts from repacked weights
         weights = perturbed(reference.weights, FAMILIES[family], seed=100 * version + len(family))
         reference.load(weights)
         expected = reference.score(SEQUENCES)
         assert gap(before, expected)["mean_abs"] > 5e-3, "the noise must be visible, or the test shows nothing"
-        engine.update(list(weights.items()), version)
+        installed = install(engine, transport, weights, version)
+        assert installed.tensors == len(weights)
+        if ON_GPU and version == 2:  # the first may have been the one that vLLM installed to show how it is right
+            assert installed.way == "direct" and installed.verified == len(weights)
         assert near(gap(engine.score(SEQUENCES), expected))
         rollouts = generate(engine, requests())
         assert near(reference.gap(rollouts, temperature=0.7))  # decoding reads other copies than scoring
         assert [r.versions for r in rollouts] == [[(version, 16)]] * 6
+
+
+def direct_installation(worker, old: Weights, new: Weights) -> dict:
+    """What planned copies do to two fresh models of the engine's architecture, in the checkpoint's form: `planned` gets
+    `old` from vLLM and `new` from the plan, `loaded` gets `new` from vLLM."""
+    planned, loaded = (fresh_model(worker) for _ in range(2))
+    planned.load_weights(iter(old.items()))
+    loaded.load_weights(iter(new.items()))
+    held = {name: tensor.clone() for name, tensor in planned.state_dict().items()}
+    plan = plan_copies(planned.load_weights, {name: tuple(tensor.shape) for name, tensor in new.items()})
+    touched = [name for name, tensor in planned.state_dict().items() if not torch.equal(tensor, held[name])]
+    copy_weights(plan, new.items())
+    expected = loaded.state_dict()
+    wrong = [name for name, tensor in planned.state_dict().items() if not torch.equal(tensor, expected[name])]
+    entries = describe_all(list(new.items()))
+    found = {"touched by planning": touched, "wrong": wrong, "read back": differing(plan, entries)}
+    experts = next(module for module in planned.modules() if hasattr(module, "w13_weight"))
+    experts.w13_weight.data[2] = experts.w13_weight.data[2].roll(len(experts.w13_weight[2]) // 2, 0)
+    return found | {"halves of one expert swapped": differing(plan, entries)}
+
+
+def fresh_model(worker):
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    config = copy.copy(worker.model_runner.vllm_config)
+    config.compilation_config = copy.copy(config.compilation_config)
+    config.compilation_config.static_forward_context = {}  # each layer's name may stand there once
+    with set_current_vllm_config(config), torch.device(worker.model_runner.device):
+        return initialize_model(config, model_config=config.model_config)
+
+
+def test_planned_copies_are_what_vllm_loads(engine, reference):
+    new = perturbed(reference.weights, ".", seed=11)
+    found = engine.inside(direct_installation, reference.weights, new)
+    assert found["touched by planning"] == found["wrong"] == []
+    assert found["read back"] == (len(new), [])
+    swapped = [f"model.layers.1.mlp.experts.2.{part}_proj.weight" for part in ("gate", "up")]
+    assert found["halves of one expert swapped"] == (len(new), swapped)
 
 
 def without(weights: Weights, name: str) -> list[tuple[str, Tensor]]:
@@ -479,6 +551,22 @@ if ON_GPU:
             assert r.routed_experts.shape == (len(r.prompt_tokens) + len(r.tokens), 2, 2)
             assert (r.routed_experts[-1] == -1).all() and (r.routed_experts[:-1] >= 0).all()
             assert (r.routed_experts[:-1] < 8).all()
+
+    def test_fifty_turns_of_sleep_and_sync_keep_memory_where_it_was(engines, reference, transport):
+        engine = engines.get("v3", DTYPE, sleep_level=2)
+        free, asleep = [], []
+        for version in range(1, 51):
+            engine.sleep()
+            asleep.append(torch.cuda.mem_get_info()[0])
+            work = torch.empty(asleep[-1] - (1 << 30), dtype=torch.uint8, device="cuda")  # all that sleeping freed
+            del work
+            torch.cuda.empty_cache()
+            engine.wake()
+            install(engine, transport, reference.weights, version)
+            free.append(torch.cuda.mem_get_info()[0])
+        assert min(free[5:]) >= free[4] - (8 << 20) and min(asleep[5:]) >= asleep[4] - (8 << 20)
+        reference.load(reference.weights)
+        assert near(gap(engine.score(SEQUENCES), reference.score(SEQUENCES)))
 
     @pytest.mark.parametrize("level", [1, 2])
     def test_sleeping_frees_memory_and_waking_brings_the_policy_back(engines, reference, level):
