@@ -73,6 +73,7 @@ class Policy(ABC):
     device: torch.device
     options: PolicyOptions
     max_positions: int  # longest document, in tokens
+    replays_routing = True  # uses the batch's `routed_experts`; a frozen copy does not
     vocabulary: int
 
     @abstractmethod
@@ -100,6 +101,7 @@ class Policy(ABC):
         and the entropy of the distribution it was drawn from; 0 on all other tokens. `every_token` takes all but the
         documents' first, whatever the mask."""
         targets = self._targets(batch, 1, every_token)
+        self._check_routing(batch)
         batch = to_device(batch, self.device)
         values, entropies = self._predict(self.hidden(batch), batch.tokens, targets, 1, batch.temperature, entropy)
         zeros = torch.zeros(len(batch.tokens), dtype=torch.float32, device=self.device)
@@ -124,6 +126,7 @@ class Policy(ABC):
         The batch-wise balance needs the whole step's `affinity_hits`; without, this micro-batch is taken for the whole
         step. No wait for a GPU in here."""
         targets = self._targets(batch, 1, False)
+        self._check_routing(batch)
         on_device = to_device(batch, self.device)
         balanced = balance != "none" and balance_weight > 0
         measure = self._balance_loss(balance, on_device, step_hits) if balanced else None
@@ -179,8 +182,10 @@ class Policy(ABC):
         raise ValueError("router_bias_gamma is set and this policy has no router bias; set it to 0")
 
     def frozen_copy(self) -> Policy:
-        """A second policy with the same weights, which are never trained."""
+        """A second policy with the same weights, which are never trained. It routes by itself: what experts the policy
+        used when it wrote says nothing of what another one gives the tokens."""
         other = copy.copy(self)
+        other.replays_routing = False
         other.module = copy.deepcopy(self.module).requires_grad_(False)
         return other
 
@@ -218,6 +223,10 @@ class Policy(ABC):
         targets = (inside if every_token else batch.loss_mask & inside).nonzero()[:, 0]
         return targets.to(self.device, non_blocking=True)
 
+    def _check_routing(self, batch: Batch) -> None:
+        """Raises ValueError for routed experts that the policy has not: on a GPU they would be memory faults. Only
+        while the batch lies on the CPU; to look on a GPU would wait for it."""
+
     def _predict(self, hidden, tokens, targets, ahead, temperature, entropy):
         head = self.head()
         temperature = temperature if head.softcap is not None else temperature / head.scale
@@ -248,7 +257,8 @@ class V3Policy(Policy):
 
     def _measured_hidden(self, batch: Batch, measure: BalanceOf | None) -> Float[Tensor, "n hidden"]:
         bounds = batch.bounds  # on the CPU, where the model reads them
-        out = self.module(batch.tokens, batch.positions, bounds, batch.routed_experts, measure or False)
+        replay = batch.routed_experts if self.replays_routing else None
+        out = self.module(batch.tokens, batch.positions, bounds, replay, measure or False)
         self._count(slice(0, len(out.load)), out.load)
         return out.hidden
 
@@ -263,6 +273,23 @@ class V3Policy(Policy):
             row = self.module.config.moe_layers + depth
             self._count(slice(row, row + 1), out.load)
         return [out.hidden for out in outputs]
+
+    def _check_routing(self, batch: Batch) -> None:
+        routed, c = batch.routed_experts, self.module.config
+        if routed is None or routed.device.type != "cpu" or not routed.numel():
+            return
+        expected = (len(batch.tokens), c.moe_layers, c.num_experts_per_tok)
+        if routed.shape != expected:
+            raise ValueError(
+                f"routed_experts of shape {list(routed.shape)}, expected {list(expected)} (tokens, layers with experts, "
+                "experts per token): were they recorded with this model?"
+            )
+        low, high = (int(value) for value in routed.aminmax())
+        if low < -1 or high >= c.n_routed_experts:
+            raise ValueError(
+                f"routed_experts from {low} to {high}; this policy has experts 0 to {c.n_routed_experts - 1}, and -1 "
+                "lets the router choose: were they recorded with this model?"
+            )
 
     def _balance_loss(self, kind: BalanceKind, batch: Batch, step_hits: Tensor | None) -> BalanceLoss:
         if not self.router_layers:
@@ -317,7 +344,7 @@ class V3Policy(Policy):
 
     def load_weights(self, folder: Path) -> None:
         self._check_architecture(folder)
-        hf.load_checkpoint_tensors(self.module, iter(hf.FolderReader(folder)))
+        hf.load_weights(self.module, folder)
 
     def _check_architecture(self, folder: Path) -> None:
         found = V3Config.load(folder)
