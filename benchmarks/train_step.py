@@ -1,6 +1,7 @@
 """Tokens per second of one policy update, this project's trainer and transformers on the same model and samples.
 
     python benchmarks/train_step.py [--json] [--steps 3] [--threads 2]
+    python benchmarks/train_step.py --device cuda [--json] [--only ours|peer] [--quick]     see train_step_gpu.py
 
 The work, on a CPU in float32: 256 samples of a tiny DeepSeek-V3 model, the clipped GRPO loss averaged by sequence with
 entropy as a metric, gradient clipping, one AdamW update. `equal`: every sample has 16 prompt and 64 completion tokens,
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from benchmarks import train_step_gpu
 from benchmarks.grpo_step import LR, MICRO_BATCH, MODEL, NEW_TOKENS, PROMPT_TOKENS, Result
 from trainer.losses import LossOptions
 from trainer.model.hf import save_folder
@@ -155,7 +157,11 @@ def main() -> None:
     arguments.add_argument("--json", action="store_true", help="print the comparison as JSON on standard output")
     arguments.add_argument("--steps", type=int, default=3, help="timed updates of each side")
     arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    train_step_gpu.add_arguments(arguments)
     options = arguments.parse_args()
+    if options.device == "cuda":
+        return train_step_gpu.main(options)
     torch.set_num_threads(options.threads)
     model = V3Model(MODEL)
     model.init_weights(0)
