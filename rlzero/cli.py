@@ -6,6 +6,7 @@ Errors are messages; RLZERO_TRACEBACK=1 shows where they came from.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -223,12 +224,14 @@ def _show_plan(config, resolved: bool) -> None:
     placement = cluster.plan(config)
     found = make_plan(config)
     typer.echo("\n".join(describe(config, found, placement.bundles)))
+    if config.cluster.address is None:
+        typer.echo(placement.describe(config.staleness > 0))
     if found is not None and (why := shortage(config, found)):
         raise UsageError(why)
     if resolved:
         import ray
 
-        cluster.connect(config.cluster.address)
+        cluster.connect(config.cluster.address, placement.local_cpus)
         try:
             cluster.check_resources(placement)
         finally:
@@ -271,7 +274,11 @@ def _message(error: Exception) -> str:
     ours = type(error).__module__.split(".")[0] in ("rlzero", "rewards", "rollout", "trainer")
     if ours and str(error):
         return str(error)
-    return f"{type(error).__name__}: {error}\n(RLZERO_TRACEBACK=1 shows where it came from)"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}: what was written before is intact; free some space and go on with --resume"
+    where = "; ".join([*getattr(error, "__notes__", []), "RLZERO_TRACEBACK=1 shows where it came from"])
+    return f"{type(error).__name__}: {error}\n({where})"
 
 
 if __name__ == "__main__":

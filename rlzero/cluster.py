@@ -33,6 +33,7 @@ from rollout.worker import RolloutWorker
 from trainer.worker import Trainer
 
 GATHER_S = 0.25  # how long a worker collects ended rollouts before it reports them
+SHOWN = 12  # lines of an error of a start
 REPLACE_S = 20.0  # how long Ray gets to find another node for what ran on a dead one
 
 
@@ -62,6 +63,21 @@ class Placement:
         """CPUs that a Ray of the run's own offers: this machine's, or what the run needs to be placed, if that is more.
         Processes that take turns share cores; their threads are counted for that."""
         return max(os.cpu_count() or 1, math.ceil(sum(bundle["CPU"] for bundle in self.bundles)))
+
+    def describe(self, together: bool, cores: int | None = None) -> str:
+        """How the processes share this machine's cores, in a line; `together`: trainer and workers work at once."""
+        cores, count = cores or os.cpu_count() or 1, len(self.workers)
+        written = count * self.worker_threads
+        busiest = self.trainer_threads + written if together else max(self.trainer_threads, written)
+        line = (
+            f"threads    trainer {self.trainer_threads}, each of {count} rollout worker(s) {self.worker_threads}, "
+            f"{'at the same time' if together else 'in turn'}: at most {busiest} busy on {cores} core(s)"
+        )
+        if busiest > cores:
+            line += "; more than there are, so they slow each other down"
+        if self.local_cpus > cores:
+            line += f"; a Ray of the run's own is told of {self.local_cpus} CPUs so that all of them are placed"
+        return line
 
 
 def plan(config: Config, cores: int | None = None) -> Placement:
@@ -285,7 +301,9 @@ class Actor:
         try:
             await self.call("opened", deadline_s=deadline_s)
         except (FileNotFoundError, ValueError) as error:
-            raise UsageError(f"the {self.name} cannot start: {error}") from error
+            lines = str(error).splitlines()
+            shown = lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"  ... and {len(lines) - SHOWN} more lines"]
+            raise UsageError(f"{self.name} cannot start: " + "\n".join(shown)) from error
 
     def kill(self) -> None:
         ray.kill(self.handle, no_restart=True)

@@ -305,11 +305,15 @@ def conflicts(config: Config) -> Iterator[Conflict]:
 
 def policy_context(path: str | None) -> int | None:
     """Longest sequence, in tokens, of the policy in folder `path`; None where it is not there (yet) or does not say."""
-    if path is None:
-        return None
-    file = Path(path) / "config.json"
-    try:
-        context = json.loads(file.read_text()).get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):  # loading the policy reports a broken folder better than we can
-        return None
+    context = model_fields(path).get("max_position_embeddings") if path is not None else None
     return context if isinstance(context, int) else None
+
+
+def model_fields(folder: str | Path) -> dict[str, Any]:
+    """What the config.json of a model's folder says; nothing where there is none that can be read: loading the model
+    reports a broken folder better than we can."""
+    try:
+        fields = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}

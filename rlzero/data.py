@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlzero.config import Config
+from rlzero.config import Config, model_fields
 from rlzero.reading import UsageError
 from rollout.engine import Prompt
 
@@ -169,11 +169,18 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, path: str | Path) -> None:
-    """Raises `DataError` for a tokenizer that could never end a completion."""
+    """Raises `DataError` for a tokenizer that could never end a completion, and for one that has more tokens than the
+    model in its folder knows."""
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"{path}: the tokenizer has no end-of-sequence token, so a completion could never end; "
             "set eos_token in its tokenizer_config.json"
+        )
+    known = model_fields(path).get("vocab_size")
+    if isinstance(known, int) and tokenizer.vocab_size > known:
+        raise DataError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model has a vocabulary of {known}: they "
+            "do not belong together; put the tokenizer the model was trained with beside its weights"
         )
 
 

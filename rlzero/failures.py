@@ -42,7 +42,7 @@ def original(error: ray.exceptions.RayTaskError, name: str, method: str) -> Exce
     cause = error.cause
     if not isinstance(cause, Exception) or isinstance(cause, ray.exceptions.RayError):
         return error
-    cause.add_note(f"raised by '{method}' of the {name}")
+    cause.add_note(f"raised by '{method}' of {name}")
     return cause
 
 
