@@ -5,7 +5,6 @@ Blind to tasks and to how advantages came about; a plain class that Ray may make
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -179,13 +178,6 @@ class Trainer:
         """(checkpoint name, CPU tensor) of the policy. On a CPU these are the live weights, not copies: the next step
         changes them."""
         return [(name, tensor.detach().cpu()) for name, tensor in self.policy.weights(mtp)]
-
-    def fingerprints(self, mtp: bool = False) -> dict[str, int]:
-        """CRC-32 of the memory of every tensor of `weights`."""
-        return {
-            name: zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            for name, tensor in self.weights(mtp)
-        }
 
     def save(self, folder: str | Path, state: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint: a Hugging Face folder with, in `trainer_state`, all that `load` needs to go on as if

@@ -71,7 +71,8 @@ def test_a_checkpoint_moves_between_devices(init, tmp_path):
     for device in ("cpu", "cuda"):
         other = trainer(init, device, "bfloat16")
         assert other.load(tmp_path / "step-1") == {"a": 1}
-        assert other.fingerprints(mtp=True) == t.fingerprints(mtp=True)
+        for (name, found), (_, saved) in zip(other.weights(mtp=True), t.weights(mtp=True), strict=True):
+            assert torch.equal(found, saved), name
         assert other.step([pack(samples(1), 96)])["updates"] == 1.0
 
 

@@ -246,14 +246,12 @@ def test_scores_are_the_log_probabilities_of_every_token(init, tmp_path):
         np.testing.assert_allclose(scores[1:], expected.numpy(), atol=1e-4)
 
 
-def test_weights_on_a_cpu_are_the_live_ones_and_fingerprints_tell_which_changed():
+def test_weights_on_a_cpu_are_the_live_ones():
     t = trainer()
-    before, prints = dict(t.weights()), t.fingerprints()
-    assert before.keys() == prints.keys()
+    before = dict(t.weights())
     with torch.no_grad():
         t.policy.module.norm.weight[3] += 1e-6
     assert before["model.norm.weight"][3] != 1.0  # no copy was made
-    assert [name for name, value in t.fingerprints().items() if value != prints[name]] == ["model.norm.weight"]
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
