@@ -1,11 +1,13 @@
 """The trainer: one policy, its optimizer and its reference.
 
-Blind to tasks and to how advantages came about; a plain class that Ray may make an actor."""
+Blind to tasks and to how advantages came about; a plain class that Ray may make an actor, or several: the ranks of one
+policy (trainer.parallel), each of which is called with the same arguments, does its part, and returns the same."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from trainer.checkpoint import CheckpointError
 from trainer.losses import LossOptions, Metrics, combine_metrics, policy_loss
 from trainer.optimizer import Optimizer, OptimizerOptions
 from trainer.packing import Sample, pack, to_device
+from trainer.parallel import ParallelOptions, Ranks, Rendezvous, Share
+from trainer.parallel_checkpoint import SHARDS, WHOLE, load_shards, read_shards, save_shards
+from trainer.parallel_policy import ShardedV3Policy, load_sharded_policy
 from trainer.policy import Policy, PolicyOptions, load_policy
 
 SCORE_TOKENS = 16_384  # packed at a time when sequences are scored
@@ -31,7 +36,8 @@ SCORE_TOKENS = 16_384  # packed at a time when sequences are scored
 class Trainer:
     """Holds a policy and changes it. `loss` None: a trainer for `next_token_step` alone. A reference model, a second
     frozen copy, exists where loss.kl_coef > 0. `device` auto takes a GPU if there is one; `threads` 0 leaves torch's
-    number of CPU threads alone."""
+    number of CPU threads alone. With more than one rank in `parallel` this is one of them, and every method is a
+    collective: all ranks call it, with equal arguments. `rendezvous` None: torchrun's."""
 
     def __init__(
         self,
@@ -42,20 +48,28 @@ class Trainer:
         seed: int = 0,
         threads: int = 0,
         device: str = "auto",
+        parallel: ParallelOptions | None = None,
+        rendezvous: Rendezvous | None = None,
     ):
         if threads:
             torch.set_num_threads(threads)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        parallel = parallel or ParallelOptions()
+        self.device = _device(device, parallel, rendezvous)
         self.loss = loss
         torch.manual_seed(seed)
-        self.policy: Policy = load_policy(policy, self.device, seed)
+        self.ranks = Ranks(parallel, self.device, rendezvous)
+        if self.ranks.size == 1:
+            self.policy: Policy = load_policy(policy, self.device, seed)
+        else:
+            self.policy = load_sharded_policy(policy, self.ranks, seed)
         self.reference: Policy | None = None
         self._reference_refreshed = False  # else it is the policy that the options name
         if loss is not None and loss.kl_coef > 0:
             self.reference = self.policy.frozen_copy()
-        self.optimizer = Optimizer(self.policy.module.named_parameters(), optimizer)
+        self.optimizer = Optimizer(self.policy.module.named_parameters(), optimizer, self.ranks.norm_groups)
+        self._load: Tensor | None = None  # of the router, this rank's real micro-batches; see _turns
         self._move_bias = not policy.freeze_router_bias and optimizer.router_bias_gamma > 0
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -72,30 +86,32 @@ class Trainer:
         if self.loss is None:
             raise ValueError("this trainer was made without a loss: only next_token_step can train it")
         minibatches = [list(minibatch) for minibatch in minibatches if minibatch]
-        later = {id(batch): batch for minibatch in minibatches[1:] for batch in minibatch}
-        first = {id(batch) for batch in (minibatches[0] if minibatches else [])}
-        old: dict[int, Tensor] = {}
-        for key, batch in later.items():
-            if batch.old_logprobs is None and key not in first:
-                old[key] = self._logprobs(self.policy, batch)
-        reference = {}
+        shares = [self.ranks.share(minibatch) for minibatch in minibatches]
+        later = {id(share.batch): share for part in shares[1:] for share in part if share.real}
+        first = {id(share.batch) for share in (shares[0] if shares else [])}
+        missing = [s for key, s in later.items() if s.batch.old_logprobs is None and key not in first]
+        old = self._all_logprobs(self.policy, missing, minibatches)
+        reference: dict[int, Tensor] = {}
         if self.reference is not None:
-            for batch in (b for minibatch in minibatches for b in minibatch):
-                if batch.reference_logprobs is None and id(batch) not in reference:
-                    reference[id(batch)] = self._logprobs(self.reference, batch)
+            every = {id(share.batch): share for part in shares for share in part if share.real}
+            missing = [share for share in every.values() if share.batch.reference_logprobs is None]
+            reference = self._all_logprobs(self.reference, missing, minibatches)
         parts: list[Metrics] = []
         updates = []
-        for index, minibatch in enumerate(minibatches):
-            for batch in minibatch:
+        for index, part in enumerate(shares):
+            for share in self._turns(part):
+                batch = share.batch
                 new, entropy = self.policy.logprobs(batch, entropy=True)
                 record = _with(to_device(batch, self.device), old.get(id(batch)), reference.get(id(batch)))
+                if not share.real and self.reference is not None and record.reference_logprobs is None:
+                    record = replace(record, reference_logprobs=new.detach())
                 loss, metrics = policy_loss(new, entropy, record, self.loss)
-                loss.backward()
-                parts.append(metrics)
+                (loss if share.real else 0.0 * loss).backward()
+                parts.append(metrics if share.real else {name: 0.0 * pair for name, pair in metrics.items()})
                 if index == 0 and id(batch) in later:
                     old[id(batch)] = new.detach()
             updates.append(self._update())
-        metrics = combine_metrics(parts)
+        metrics = combine_metrics(self.ranks.sum_metrics(parts))
         if "policy_loss" in metrics:
             metrics["policy_loss"] /= len(minibatches)  # a sum of shares, of which every minibatch has a whole
         return {**metrics, **_mean(updates), "updates": float(len(updates))}
@@ -115,21 +131,36 @@ class Trainer:
             raise ValueError("next_token_step: no batches, or no sample in them has a token to learn")
         totals: dict[str, Tensor] = {}
         hits = None
+        shares = self.ranks.share(batches)
         if balance == "batch" and balance_weight > 0 and len(batches) > 1:
-            hits = self.policy.affinity_hits(batches, mtp=mtp_weight > 0)
-        for batch in batches:
-            loss, metrics = self.policy.next_token_loss(batch, mtp_weight, balance, balance_weight, hits)
-            loss.backward()
+            hits = self.policy.affinity_hits([s.batch for s in shares if s.real], mtp=mtp_weight > 0)
+            self.policy.affinity_hits([s.batch for s in shares if not s.real], mtp=mtp_weight > 0)
+            hits = self.ranks.sum(hits)
+        for share in self._turns(shares):
+            loss, metrics = self.policy.next_token_loss(share.batch, mtp_weight, balance, balance_weight, hits)
+            (loss if share.real else 0.0 * loss).backward()
             for name, value in metrics.items():
+                value = value if share.real else 0.0 * value
                 totals[name] = totals[name] + value if name in totals else value
         update = self._update()
-        values = torch.stack(list(totals.values())).tolist()
+        values = self.ranks.sum(torch.stack(list(totals.values()))).tolist()
         return {**dict(zip(totals, values, strict=True)), **update, "tokens": float(batches[0].total_tokens)}
+
+    def _turns(self, shares: Sequence[Share]) -> Iterator[Share]:
+        """The micro-batches of one update in turn. What the router is counted for ends where the gaps begin."""
+        for i, share in enumerate(shares):
+            if not share.real and self._load is None:
+                self._load = self.policy.take_router_load()
+            self.ranks.micro_batch(self.policy.module, last=i == len(shares) - 1)
+            yield share
 
     def _update(self) -> dict[str, float]:
         metrics = self.optimizer.step()
         load = self.policy.take_router_load()
+        if self._load is not None:
+            load, self._load = self._load, None
         if load is not None:
+            load = self.ranks.sum(load)
             metrics |= router_metrics(load, self.policy.router_layers)
             if self._move_bias:
                 self.policy.update_router_bias(load, self.optimizer.options.router_bias_gamma)
@@ -145,7 +176,18 @@ class Trainer:
             if self.reference is None:
                 raise ValueError("there is no reference model: it is made where loss.kl_coef > 0")
             policy = self.reference
-        return [self._logprobs(policy, batch).cpu() for batch in batches]
+        shares = self.ranks.share(batches)
+        values = [self._logprobs(policy, share.batch).cpu() for share in shares]
+        return self.ranks.collect(shares, values, len(batches))
+
+    def _all_logprobs(
+        self, policy: Policy, shares: Sequence[Share], minibatches: Sequence[Sequence[Batch]]
+    ) -> dict[int, Float[Tensor, " n"]]:
+        """Log-probabilities of this rank's batches, by their id."""
+        like = minibatches[0][0] if minibatches else None
+        evened = self.ranks.even(shares, like) if like is not None else []
+        values = [(share, self._logprobs(policy, share.batch)) for share in evened]
+        return {id(share.batch): value for share, value in values if share.real}
 
     @torch.no_grad()
     def _logprobs(self, policy: Policy, batch: Batch) -> Float[Tensor, " n"]:
@@ -158,8 +200,9 @@ class Trainer:
         scores = [np.zeros(len(sequence), np.float32) for sequence in sequences]
         samples = [Sample((), sequence, loss_on_prompt=True) for sequence in sequences]
         budget = max([SCORE_TOKENS, *map(len, sequences)])
-        for batch in pack(samples, budget, temperature):
-            values = self.policy.logprobs(batch)[0].cpu().numpy()
+        batches = pack(samples, budget, temperature)
+        for batch, found in zip(batches, self.logprobs(batches), strict=True):
+            values = found.numpy()
             assert batch.sequence_ids is not None
             for d, index in enumerate(batch.sequence_ids.tolist()):
                 scores[index] = values[batch.bounds[d] : batch.bounds[d + 1]]
@@ -174,36 +217,63 @@ class Trainer:
 
     # --- weights and state -------------------------------------------------------------------------------------------
 
-    def weights(self, mtp: bool = False) -> list[tuple[str, Tensor]]:
+    def weights(self, mtp: bool = False) -> Iterable[tuple[str, Tensor]]:
         """(checkpoint name, CPU tensor) of the policy. On a CPU these are the live weights, not copies: the next step
-        changes them."""
-        return [(name, tensor.detach().cpu()) for name, tensor in self.policy.weights(mtp)]
+        changes them. Of several ranks, rank 0 alone is given them, a layer gathered at a time, while every rank
+        goes through this to its end."""
+        if self.ranks.size == 1:
+            return [(name, tensor.detach().cpu()) for name, tensor in self.policy.weights(mtp)]
+        gathered = self.policy.weights(mtp)
+        if self.ranks.rank == 0:
+            return ((name, tensor.cpu()) for name, tensor in gathered)
+        return (pair for pair in gathered if False)
 
     def save(self, folder: str | Path, state: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint: a Hugging Face folder with, in `trainer_state`, all that `load` needs to go on as if
         nothing had happened, and the caller's `state` (JSON). Atomic; CheckpointError when the disk is full."""
         described = {"optimizer_steps": self.optimizer.steps, "reference_refreshed": self._reference_refreshed}
         text = json.dumps({"trainer": described, "caller": state or {}}, indent=1)
-        with checkpoint.writing(folder) as partial:
+        with self._writing(folder) as partial:
             self.policy.save(partial)
             inside = partial / checkpoint.STATE
-            (inside / "state.json").write_text(text + "\n")
-            save_file(_to_cpu(self.optimizer.state()), inside / "optimizer.safetensors")
-            save_file(_random_state(), inside / "random.safetensors")
+            if isinstance(self.policy, ShardedV3Policy):
+                save_shards(inside, self.policy, self.optimizer)
+            else:
+                save_file(_to_cpu(self.optimizer.state()), inside / WHOLE)
+            if self.ranks.rank == 0:
+                (inside / "state.json").write_text(text + "\n")
+                save_file(_random_state(), inside / "random.safetensors")
             if self.reference is not None and self._reference_refreshed:
                 self.reference.save(inside / "reference")
 
+    @contextlib.contextmanager
+    def _writing(self, folder: str | Path) -> Iterator[Path]:
+        """The folder that all ranks fill; rank 0 makes it the checkpoint."""
+        if self.ranks.rank == 0:
+            with checkpoint.writing(folder) as partial:
+                yield Path(self.ranks.agree(str(partial)))
+                self.ranks.barrier()
+        else:
+            yield Path(self.ranks.agree(None))
+            self.ranks.barrier()
+        self.ranks.barrier()
+
     def load(self, folder: str | Path) -> dict[str, Any]:
         """Takes up where `save` was called, and returns the caller's state. Raises CheckpointError for a folder that
-        is damaged, of another architecture, or no checkpoint."""
+        is damaged, of another architecture, or no checkpoint. Another number of ranks may have saved it."""
         folder = Path(folder)
-        checkpoint.verify(folder)
+        self._verify(folder)
         inside = folder / checkpoint.STATE
         try:
             state = json.loads((inside / "state.json").read_text())
             self.policy.load_weights(folder)
-            tensors = load_file(inside / "optimizer.safetensors")
-            self.optimizer.load_state(tensors, state["trainer"]["optimizer_steps"])
+            steps = state["trainer"]["optimizer_steps"]
+            if isinstance(self.policy, ShardedV3Policy):
+                load_shards(inside, self.policy, self.optimizer, steps)
+            elif (inside / SHARDS).is_dir():
+                self.optimizer.load_state(read_shards(inside), steps)
+            else:
+                self.optimizer.load_state(load_file(inside / WHOLE), steps)
             refreshed = state["trainer"]["reference_refreshed"]
             if refreshed and self.reference is not None:
                 self.reference.load_weights(inside / "reference")
@@ -212,6 +282,17 @@ class Trainer:
         self._reference_refreshed = refreshed
         _set_random_state(load_file(inside / "random.safetensors"))
         return state["caller"]
+
+    def _verify(self, folder: Path) -> None:
+        """Rank 0 reads every file once; all ranks raise what it finds."""
+        found = None
+        if self.ranks.rank == 0:
+            try:
+                checkpoint.verify(folder)
+            except CheckpointError as error:
+                found = error
+        if (found := self.ranks.agree(found)) is not None:
+            raise found
 
 
 def _with(batch: Batch, old: Tensor | None, reference: Tensor | None) -> Batch:
@@ -241,3 +322,13 @@ def _set_random_state(states: dict[str, Tensor]) -> None:
         for i in range(torch.cuda.device_count()):
             if f"cuda{i}" in states:
                 torch.cuda.set_rng_state(states[f"cuda{i}"], i)
+
+
+def _device(name: str, parallel: ParallelOptions, rendezvous: Rendezvous | None) -> torch.device:
+    """The device of this process: with several ranks one GPU for each on a host."""
+    if parallel.ranks == 1 or name != "cuda":
+        return torch.device(name)
+    rank = (rendezvous or Rendezvous.from_environment()).rank
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,246 @@
+"""What test_parallel.py runs on every rank: one trainer on this rank alone beside one of all ranks, and how far they
+come apart. Imported by the spawned processes, so it stands in a file of its own."""
+
+import json
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from trainer.losses import LossOptions
+from trainer.optimizer import OptimizerOptions
+from trainer.packing import Sample, pack
+from trainer.parallel import ParallelOptions, Rendezvous
+from trainer.policy import PolicyOptions
+from trainer.worker import Trainer
+
+V3 = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1, "max_position_embeddings": 64, "initializer_range": 0.1,
+}  # fmt: skip
+OPTIONS = {"dp": {"dp": 2}, "ep": {"dp": 2, "ep": 2}}
+RL = LossOptions(kl_coef=0.01, clip_low=0.2, clip_high=0.2, aggregation="token")
+
+
+class Pair:
+    """One rank of two."""
+
+    def __init__(self, kind: str, rank: int, address: str, folder: Path):
+        self.kind, self.rank, self.address, self.folder = kind, rank, address, folder
+
+    def trainer(self, parallel: dict | None, dtype="float32", frozen=True, path=None, loss=RL, **optimizer) -> Trainer:
+        """A trainer of this rank alone, or of both. Without momentum the first moment is the gradient, unclipped."""
+        optimizer = {"lr": 1e-2, "betas": (0.0, 0.95), "max_grad_norm": 1e9, **optimizer}
+        source = {"init": V3} if path is None else {"path": str(path)}
+        return Trainer(
+            PolicyOptions(**source, dtype=dtype, freeze_router_bias=frozen), OptimizerOptions(**optimizer), loss,
+            seed=5, device="cpu", parallel=ParallelOptions(**(parallel or {}), deadline_s=60),
+            rendezvous=Rendezvous(self.rank, self.address),
+        )  # fmt: skip
+
+    def both(self, **changes) -> tuple[Trainer, Trainer]:
+        options = OPTIONS[self.kind] | changes.pop("parallel", {})
+        return self.trainer(None, **changes), self.trainer(options, **changes)
+
+
+def samples(count=8, seed=0, routed=None):
+    """`routed` gives the experts [k] of every token of sample i."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        n = int(rng.integers(3, 20))
+        experts = None if routed is None else np.tile(np.array(routed(i), np.int16), (n + 4, 1, 1))
+        made.append(
+            Sample(
+                rng.integers(0, 96, 4).tolist(), rng.integers(0, 96, n).tolist(), float(rng.normal()), [-4.5] * n,
+                [(0, n)], routed_experts=experts,
+            )
+        )  # fmt: skip
+    return made
+
+
+def documents(count=8, seed=0):
+    return [Sample((), [*s.prompt_tokens, *s.tokens], loss_on_prompt=True) for s in samples(count, seed)]
+
+
+def moments(trainer: Trainer, kind="exp_avg") -> dict:
+    """First moments, whole, by parameter."""
+    found = {}
+    for key, tensor in trainer.optimizer.state().items():
+        what, _, name = key.partition("/")
+        if what == kind:
+            if trainer.ranks.size > 1:
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                tensor = trainer.policy.distributed(name, local).full_tensor()
+            found[name] = tensor.clone()
+    return found
+
+
+def weights(trainer: Trainer) -> dict:
+    return {name: tensor.clone() for name, tensor in trainer.weights(mtp=True)}
+
+
+def apart(a: dict, b: dict) -> float:
+    """Largest difference of any entry."""
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    return max((x.float() - y.float()).abs().max().item() for x, y in zip(a.values(), b.values(), strict=True))
+
+
+def metrics_apart(a: dict[str, float], b: dict[str, float]) -> float:
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    return max(abs(a[name] - b[name]) for name in a)
+
+
+# --- checks: each returns what test_parallel.py compares with its bound -----------------------------------------------
+
+
+def policy_gradient(pair: Pair) -> dict[str, float]:
+    """Two updates, with 4 and 3 micro-batches (a gap to fill), old and reference log-probabilities computed."""
+    minibatches = [pack(samples(), 40), pack(samples(6, seed=3), 40)]
+    assert [len(m) for m in minibatches] == [4, 3]
+    one, two = pair.both()
+    metrics = [t.step(minibatches) for t in (one, two)]
+    return {"metrics": metrics_apart(*metrics), "gradients": apart(moments(one), moments(two))}
+
+
+def every_way_of_summing(pair: Pair) -> dict[str, float]:
+    minibatches = [pack(samples(), 40)]
+    one = pair.trainer(None)
+    one.step(minibatches)
+    found = {}
+    for way in ({"reshard": True}, {"reduce_each": True}, {"reshard": True, "reduce_each": True}):
+        two = pair.trainer(OPTIONS[pair.kind] | way)
+        two.step(minibatches)
+        found["+".join(way)] = apart(moments(one), moments(two))
+    return found
+
+
+def pretraining(pair: Pair) -> dict[str, float]:
+    """Cross-entropy with multi-token prediction, balance loss over the step's batch, router biases that move."""
+    one, two = pair.both(frozen=False, router_bias_gamma=1e-2, loss=None)
+    batches = pack(documents(6, seed=3), 40)
+    assert len(batches) == 3
+    metrics = [t.next_token_step(batches, 0.3, "batch", 1e-2) for t in (one, two)]
+    biases = [torch.stack([r.bias for r in t.policy.module.routers()]) for t in (one, two)]
+    return {
+        "metrics": metrics_apart(*metrics),
+        "gradients": apart(moments(one), moments(two)),
+        "biases": (biases[0] - biases[1]).abs().max().item(),
+        "moved": float((biases[0] != 0).all()),
+    }
+
+
+def empty_and_uneven_experts(pair: Pair) -> dict[str, float]:
+    """Routing replay sends every token to two of the four experts, so that with expert ranks one of them gets nothing;
+    then nearly every token."""
+    found = {}
+    routes = {
+        "first": lambda i: [[0, 1]] * 2,
+        "last": lambda i: [[2, 3]] * 2,
+        "uneven": lambda i: [[0, 1]] * 2 if i else [[3, 0]] * 2,
+    }
+    for name, routed in routes.items():
+        minibatches = [pack(samples(routed=routed), 40)]
+        one, two = pair.both()
+        metrics = [t.step(minibatches) for t in (one, two)]
+        gradients = moments(one)
+        assert name == "uneven" or any((g.flatten(1) == 0).all(1).any() for n, g in gradients.items() if "w13" in n)
+        found[name] = max(apart(gradients, moments(two)), metrics_apart(*metrics))
+    return found
+
+
+def logprobs(pair: Pair) -> dict[str, float]:
+    one, two = pair.both()
+    batches = pack(samples(6, seed=3), 40)
+    values = [t.logprobs(batches) for t in (one, two)]
+    assert one.score([]) == two.score([]) == []
+    scores = [t.score([[1, 2, 3], list(range(40)), [5, 6]], 0.7) for t in (one, two)]
+    return {
+        "logprobs": max((a - b).abs().max().item() for a, b in zip(*values, strict=True)),
+        "scores": max(float(abs(a - b).max()) for a, b in zip(*scores, strict=True)),
+    }
+
+
+def whole_weights(pair: Pair) -> dict[str, float]:
+    """Rank 0 alone gets them, in the checkpoint's order; a forward pass before leaves nothing gathered behind."""
+    one, two = pair.both(dtype="bfloat16")
+    two.logprobs(pack(samples(2), 64))
+    found = weights(two)
+    if pair.rank:
+        return {"others": float(len(found))}
+    assert list(found) == [name for name, _ in one.weights(mtp=True)]
+    assert all(tensor.dtype == dict(one.weights(mtp=True))[name].dtype for name, tensor in found.items())
+    return {"apart": apart(weights(one), found)}
+
+
+def resume(pair: Pair) -> dict[str, float]:
+    """Two updates, save, load into trainers of one rank and of two, one more update: as if nothing had happened."""
+    found = {}
+    first, then = [pack(samples(), 40), pack(samples(6, seed=3), 40)], [pack(samples(seed=7), 40)]
+    for dtype in ("float32", "bfloat16"):
+        options = {"dtype": dtype, "betas": (0.9, 0.95)}
+        one, two = pair.both(**options)
+        for saved, name in ((one, "one"), (two, "two")):
+            saved.step(first)
+            saved.refresh_reference()
+            folder = pair.folder / f"{pair.kind}-{dtype}-{name}" / "step-1"
+            if saved is two or pair.rank == 0:
+                saved.save(folder, {"at": 7})
+            dist.barrier()
+            goes_on = saved.step(then)
+            for other, parallel in (("one", None), ("two", OPTIONS[pair.kind])):
+                resumed = pair.trainer(parallel, **options)
+                assert resumed.load(folder) == {"at": 7}
+                metrics = resumed.step(then)
+                key = f"{dtype} {name} to {other}"
+                found[f"{key} metrics"] = metrics_apart(metrics, goes_on)
+                ours, theirs = weights(saved), weights(resumed)
+                if pair.rank == 0 or name == other == "one":
+                    found[f"{key} weights"] = apart(ours, theirs)
+    return found
+
+
+def from_a_folder(pair: Pair) -> dict[str, float]:
+    """Weights read straight into the shards."""
+    one = pair.trainer(None)
+    folder = pair.folder / f"{pair.kind}-folder"
+    if pair.rank == 0:
+        one.policy.save(folder)
+    dist.barrier()
+    two = pair.trainer(OPTIONS[pair.kind], path=folder)
+    ours, theirs = weights(one), weights(two)
+    bias = max((r.bias - s.bias).abs().max().item() for r, s in zip(
+        one.policy.module.routers(), two.policy.module.routers(), strict=True))  # fmt: skip
+    return {"apart": apart(ours, theirs) if pair.rank == 0 else 0.0, "biases": bias}
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        policy_gradient, every_way_of_summing, pretraining, empty_and_uneven_experts, logprobs, whole_weights, resume,
+        from_a_folder,
+    )
+}  # fmt: skip
+
+
+def rank_main(rank: int, kind: str, address: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://{address}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    pair = Pair(kind, rank, address, Path(folder))
+    found = {}
+    for name, check in CHECKS.items():
+        values = check(pair)
+        every = [None, None]
+        dist.all_gather_object(every, values)
+        found[name] = {key: max(v[key] for v in every if key in v) for key in every[0] | every[1]}
+    if rank == 0:
+        (Path(folder) / f"{kind}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()

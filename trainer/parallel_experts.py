@@ -1,0 +1,200 @@
+"""Routed experts on several ranks: every token travels once to each rank that holds an expert of its choice.
+
+A token with six experts on two ranks is sent twice, not six times; its weights travel with it, and what comes back is
+each rank's weighted sum (DeepSeek-V3, arXiv 2412.19437, section 3.2.2, dispatches this way between nodes). The host
+waits once a layer, for the split sizes; the shared expert runs meanwhile, and while tokens travel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from trainer.model.layers import swiglu
+from trainer.model.moe import Experts, MoE, Routing
+from trainer.parallel_rows import spread, weighted_sum
+from trainer.precision.recipe import Recipe, grouped_matmul
+
+
+class LocalExperts(nn.Module):
+    """The experts of one rank, for rows that came from all ranks of the group. Parameters are named as in
+    `trainer.model.moe.Experts`, of which they are `experts // ranks` neighbours."""
+
+    def __init__(self, whole: Experts, rank: int, ranks: int) -> None:
+        super().__init__()
+        count = len(whole.w13) // ranks
+        mine = slice(rank * count, (rank + 1) * count)
+        # clone: a slice would keep the whole alive
+        self.w13 = nn.Parameter(whole.w13.detach()[mine].clone(), requires_grad=whole.w13.requires_grad)
+        self.w2 = nn.Parameter(whole.w2.detach()[mine].clone(), requires_grad=whole.w2.requires_grad)
+        self.recipe: Recipe = whole.recipe
+
+    def forward(
+        self,
+        rows: Float[Tensor, "rows hidden"],
+        experts: Int[Tensor, "rows k"],
+        weights: Float[Tensor, "rows k"],
+        slots: int,
+    ) -> Float[Tensor, "rows hidden"]:
+        """Every row's weighted sum over its experts here. `experts` are local, -1 where another rank has the expert;
+        `slots` of the entries are not -1 (known without asking the GPU)."""
+        if slots == 0:
+            # No row, and still a gradient (of zeros): the ranks that share these weights wait for one.
+            return rows * (self.w13.flatten()[0] + self.w2.flatten()[0])
+        k, count = experts.shape[1], len(self.w13)
+        flat = torch.where(experts < 0, count, experts).flatten()
+        # Rows by expert, those of other ranks last: slot s is choice s % k of row s // k.
+        order = flat.argsort(stable=True)[:slots]
+        load = torch.zeros(count + 1, dtype=torch.int32, device=flat.device)
+        load.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int32))
+        offsets = load[:count].cumsum(0).to(torch.int32)
+        place = torch.full_like(flat, -1, dtype=torch.int32)
+        place[order] = torch.arange(slots, dtype=torch.int32, device=flat.device)
+        place = place.view_as(experts)
+        x = spread(rows, order // k, place)
+        x = swiglu(grouped_matmul(x, self.w13, offsets, self.recipe))
+        x = grouped_matmul(x, self.w2, offsets, self.recipe)
+        return weighted_sum(x, weights, order, place)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows and slots (row, expert) that this rank sends to and receives from every rank of the group."""
+
+    sent: list[int]
+    received: list[int]
+    slots: int  # received
+
+    @property
+    def rows_sent(self) -> int:
+        return sum(self.sent)
+
+    @property
+    def rows_received(self) -> int:
+        return sum(self.received)
+
+
+class ExpertExchange:
+    """Takes the place of `MoE.forward` behind the router, on every rank of `group` at once: collectives. The ranks
+    may have different numbers of tokens, none included for an expert or a rank."""
+
+    def __init__(self, group: dist.ProcessGroup, experts: int, device: torch.device) -> None:
+        self.group, self.ranks = group, group.size()
+        if experts % self.ranks:
+            raise ValueError(f"{experts} experts do not divide among {self.ranks} ranks: choose ep that divides them")
+        self.per_rank = experts // self.ranks
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(
+        self, moe: MoE, x: Float[Tensor, "n hidden"], routing: Routing
+    ) -> Float[Tensor, "n hidden"]:
+        with self._beside():
+            chosen = self._chosen(routing.experts)
+            counts = self._exchange_counts(chosen)
+        shared = moe.shared(x) if moe.shared is not None else None
+        with self._beside(wait=False):
+            sizes = counts.read()
+            source, place = self._layout(chosen > 0, sizes.rows_sent)
+            tokens, owners = source % len(x), source // len(x)
+            experts = routing.experts.index_select(0, tokens) - owners[:, None] * self.per_rank
+            experts = torch.where((experts < 0) | (experts >= self.per_rank), -1, experts)
+            rows = spread(x, tokens, place)
+            weights = routing.weights.index_select(0, tokens)
+            splits = (sizes.sent, sizes.received)
+            rows = _AllToAll.apply(rows, *splits, self.group)
+            weights = _AllToAll.apply(weights, *splits, self.group)
+            experts = _all_to_all(experts, *splits, self.group)
+        self._join(rows, weights, experts)
+        rows = moe.experts(rows, experts, weights, sizes.slots)
+        rows = _AllToAll.apply(rows, sizes.received, sizes.sent, self.group)
+        y = weighted_sum(rows, None, tokens, place)
+        return y if shared is None else y + shared
+
+    def _chosen(self, experts: Int[Tensor, "n k"]) -> Int[Tensor, "n ranks"]:
+        """How many of a token's experts every rank holds."""
+        counts = torch.zeros(len(experts), self.ranks, dtype=torch.int32, device=experts.device)
+        owners = experts // self.per_rank
+        return counts.scatter_add_(1, owners, torch.ones_like(owners, dtype=torch.int32))
+
+    def _exchange_counts(self, chosen: Int[Tensor, "n ranks"]) -> _Counts:
+        mine = torch.stack([(chosen > 0).sum(0), chosen.sum(0)], dim=1)  # [ranks, (rows, slots)]
+        theirs = torch.empty_like(mine)
+        dist.all_to_all_single(theirs, mine, group=self.group)
+        return _Counts(torch.stack([mine, theirs]))
+
+    def _layout(
+        self, goes: Bool[Tensor, "n ranks"], rows: int
+    ) -> tuple[Int[Tensor, " rows"], Int[Tensor, "n ranks"]]:
+        """The source of every row sent, rank · n + token, in that order; and the row of every token and rank, -1 where
+        none goes there."""
+        flat = goes.T.reshape(-1)
+        place = flat.cumsum(0, dtype=torch.int32) - 1
+        source = torch.empty(rows + 1, dtype=torch.int64, device=flat.device)  # the last entry takes what goes nowhere
+        where = torch.where(flat, place, rows).long()
+        source.scatter_(0, where, torch.arange(len(flat), device=flat.device))
+        place = torch.where(flat, place, -1)
+        return source[:rows], place.view(self.ranks, -1).T.contiguous()
+
+    @contextlib.contextmanager
+    def _beside(self, wait: bool = True):
+        """Work on the exchange's own stream; the model's goes on meanwhile."""
+        if self.stream is None:
+            yield
+            return
+        if wait:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def _join(self, *tensors: Tensor) -> None:
+        """The model's stream waits for the exchange's, whose tensors it goes on with."""
+        if self.stream is None:
+            return
+        current = torch.cuda.current_stream()
+        current.wait_stream(self.stream)
+        for tensor in tensors:
+            tensor.record_stream(current)
+
+
+class _Counts:
+    """Counts on their way to the host; `read` waits for them alone."""
+
+    def __init__(self, counts: Int[Tensor, "2 ranks 2"]) -> None:
+        self.event = None
+        if counts.is_cuda:
+            self.host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+            self.host.copy_(counts, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host = counts
+
+    def read(self) -> Sizes:
+        if self.event is not None:
+            self.event.synchronize()
+        mine, theirs = self.host.tolist()
+        return Sizes([r for r, _ in mine], [r for r, _ in theirs], sum(s for _, s in theirs))
+
+
+def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    result = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(result, x.contiguous(), received, sent, group=group)
+    return result
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to the ranks of a group, `sent[r]` of them to rank r; the gradient takes the way back."""
+
+    @staticmethod
+    def forward(ctx, x, sent, received, group):
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _all_to_all(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
