@@ -226,6 +226,8 @@ class Policy(ABC):
     def _check_routing(self, batch: Batch) -> None:
         """Raises ValueError for routed experts that the policy has not: on a GPU they would be memory faults. Only
         while the batch lies on the CPU; to look on a GPU would wait for it."""
+        if batch.routed_experts is not None:
+            raise ValueError("routed_experts is set: routing is replayed in DeepSeek-V3 models only")
 
     def _predict(self, hidden, tokens, targets, ahead, temperature, entropy):
         head = self.head()
@@ -281,8 +283,8 @@ class V3Policy(Policy):
         expected = (len(batch.tokens), c.moe_layers, c.num_experts_per_tok)
         if routed.shape != expected:
             raise ValueError(
-                f"routed_experts of shape {list(routed.shape)}, expected {list(expected)} (tokens, layers with experts, "
-                "experts per token): were they recorded with this model?"
+                f"routed_experts of shape {list(routed.shape)}, expected {list(expected)} (tokens, layers with "
+                "experts, experts per token): were they recorded with this model?"
             )
         low, high = (int(value) for value in routed.aminmax())
         if low < -1 or high >= c.n_routed_experts:
