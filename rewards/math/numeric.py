@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
+from rewards.math.cursor import MAX_TOKENS, Cursor
 from rewards.math.normal import MAX_DEPTH
 
-MAX_TOKENS = 400
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<word>\\[a-zA-Z]+)|(?P<letter>[a-zA-Z](?:_(?:\{[^{}]{1,12}\}"
     r"|\w))?'*)|(?P<sign>[-+*/^(){}\[\]|!]))"
@@ -57,12 +57,12 @@ def value(text: str) -> complex | None:
             return None
         tokens.append((match.lastgroup or "", match.group().strip()))
         position = match.end()
-    reader = _Reader(tokens)
+    reader = _FloatingValue(tokens)
     try:
         found = reader.sum(0)
     except (_Unknown, ArithmeticError, ValueError, TypeError):
         return None
-    if reader.at != len(tokens) or not cmath.isfinite(found):
+    if not reader.ended or not cmath.isfinite(found):
         return None
     return found
 
@@ -81,15 +81,8 @@ def _point(name: str) -> complex:
     return 0.6 + 2.0 * int.from_bytes(digest, "big") / 2**48
 
 
-class _Reader:
-    def __init__(self, tokens: list[tuple[str, str]]) -> None:
-        self.tokens, self.at = tokens, 0
-
-    def peek(self) -> str:
-        return self.tokens[self.at][1] if self.at < len(self.tokens) else ""
-
-    def kind(self) -> str:
-        return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
+class _FloatingValue(Cursor):
+    """Recursive descent with complex numbers; every variable has a value."""
 
     def sum(self, depth: int) -> complex:
         if depth > MAX_DEPTH:

@@ -7,11 +7,11 @@ from fractions import Fraction
 from functools import lru_cache
 from math import comb, factorial, isqrt
 
+from rewards.math.cursor import MAX_TOKENS, Cursor
 from rewards.math.normal import MAX_DEPTH, Unreadable
 
 MAX_BITS = 20_000  # of a numerator or denominator, on the way too
 MAX_FACTORIAL = 1_000
-MAX_TOKENS = 400
 
 
 class TooLarge(Unreadable):
@@ -68,12 +68,12 @@ def rational(text: str) -> Fraction | None:
         return None
     if len(tokens) > MAX_TOKENS:
         raise TooLarge(f"arithmetic with {len(tokens)} symbols")
-    reader = _Reader(tokens)
+    reader = _ExactValue(tokens)
     try:
         value = reader.sum(0)
     except (_NoNumber, ZeroDivisionError):
         return None
-    return value if reader.at == len(tokens) else None
+    return value if reader.ended else None
 
 
 def _bounded(value: Fraction) -> Fraction:
@@ -82,15 +82,8 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
-class _Reader:
-    def __init__(self, tokens: list[tuple[str, str]]) -> None:
-        self.tokens, self.at = tokens, 0
-
-    def peek(self) -> str:
-        return self.tokens[self.at][1] if self.at < len(self.tokens) else ""
-
-    def kind(self) -> str:
-        return self.tokens[self.at][0] if self.at < len(self.tokens) else ""
+class _ExactValue(Cursor):
+    """Recursive descent with fractions, none of them out of bounds."""
 
     def take(self, expected: str) -> None:
         if self.peek() != expected:
