@@ -67,7 +67,7 @@ def optimizer(variants: bool) -> None:
         torch.cuda.synchronize()
         moved = count * (2 + 2 * (4 + 2 * width) + 2)  # gradient; master and moments twice; weight
         if moments == "bfloat16":
-            ms = milliseconds(lambda values=list(grads.values()): _norms(values))
+            ms = milliseconds(lambda grads=grads: _norms(list(grads.values())))
             show(f"norm of {count / 1e9:.2f} B gradients, {len(shapes)} tensors", ms, 2 * count, "TB/s")
         show(f"optimizer step, {moments} moments (norm included)", milliseconds(step), moved + 2 * count, "TB/s")
         start = time.perf_counter()
