@@ -7,13 +7,10 @@ out of the loss as well. Advantages come back as float64 [groups, samples].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
-
-from trainer.losses import KLEstimator, kl_divergence
 
 Rewards = Float[np.ndarray, "groups samples"]
 Mask = Bool[np.ndarray, "groups samples"]
@@ -50,27 +47,13 @@ def reinforce_pp(rewards: Rewards, mask: Mask | None = None) -> Rewards:
 
     A' = r_i - mean_group(r),   A = (A' - mean_batch(A')) / std_batch(A')
 
-    (REINFORCE++ with baseline, arXiv 2501.03262, section 3.2.) Groups of one have no baseline: there A' is r_i, which
-    is REINFORCE++ itself without a KL penalty. With one in the reward: `reinforce_pp_tokens`.
+    (REINFORCE++ with baseline, arXiv 2501.03262, section 3.2; its KL penalty is `loss.kl_estimator` k2 in the loss.)
+    Groups of one have no baseline: there A' is r_i, which is REINFORCE++ itself. With `loss.kl_in` reward the trainer
+    takes the penalty of section 3.1 off each token's advantage after this normalisation, not before it.
     """
     values, mask = _masked(rewards, mask)
     raw = values if values.shape[1] == 1 else _centred(values, mask)
     return np.where(mask, _normalised(raw, raw[mask]), 0.0)
-
-
-def reinforce_pp_tokens(
-    rewards: Float[np.ndarray, " samples"], kl: Sequence[Float[np.ndarray, " tokens"]], kl_coef: float
-) -> list[Float[np.ndarray, " tokens"]]:
-    """Advantages of every token of every sample, with the KL penalty of its own and all later tokens:
-
-    A_t = r - kl_coef sum_{i >= t} KL_i,   then less the mean and divided by the deviation over all tokens of the batch
-
-    (REINFORCE++, arXiv 2501.03262, section 3.1.) `kl` holds an estimate per token for each sample (see
-    `trainer.losses.kl_divergence`). Give it only samples that count.
-    """
-    raw = [reward - kl_coef * np.cumsum(k[::-1])[::-1] for reward, k in zip(rewards, kl, strict=True)]
-    every = np.concatenate(raw) if raw else np.zeros(0)
-    return [_normalised(a, every) for a in raw]
 
 
 ADVANTAGES: dict[str, Callable[[Rewards, Mask | None], Rewards]] = {
@@ -89,12 +72,6 @@ def degenerate(rewards: Rewards, mask: Mask | None = None) -> Bool[np.ndarray, "
     Dynamic sampling replaces them (DAPO, arXiv 2503.14476, eq. 11)."""
     values, mask = _masked(rewards, mask)
     return _equal(values, mask)
-
-
-def truncated(finish_reasons: Sequence[str]) -> Bool[np.ndarray, " samples"]:
-    """Completions that were cut at the length limit: their reward says nothing about the reasoning that was not
-    finished (overlong filtering; DAPO, arXiv 2503.14476, section 3.4)."""
-    return np.array([reason == "length" for reason in finish_reasons], dtype=bool)
 
 
 # --- shaping of rewards ----------------------------------------------------------------------------------------------
@@ -118,31 +95,6 @@ def overlong_penalty(
         return np.zeros(lengths.shape)
     excess = np.clip((lengths - (max_tokens - buffer)) / buffer, 0.0, 1.0)
     return -penalty * excess + 0.0  # + 0.0: no negative zeros in the log
-
-
-def kl_in_reward(
-    rewards: Rewards,
-    logprobs: Sequence[Float[np.ndarray, " tokens"]],
-    reference: Sequence[Float[np.ndarray, " tokens"]],
-    kl_coef: float,
-    estimator: KLEstimator = "k1",
-) -> Rewards:
-    """r_i - kl_coef sum_t KL_it: the reward with the sequence's KL to the reference taken off, before any group
-    statistics (RLOO, arXiv 2402.14740, eq. 2). `logprobs` (the trainer's, old) and `reference` hold one array of
-    completion tokens for each sample, in the order of `rewards` read row by row."""
-    if len(logprobs) != rewards.size:
-        raise ValueError(
-            f"{rewards.size} rewards, but log-probabilities of {len(logprobs)} samples; give one array for each"
-        )
-    sums = [
-        float(
-            kl_divergence(
-                torch.as_tensor(p, dtype=torch.float64), torch.as_tensor(q, dtype=torch.float64), estimator
-            ).sum()
-        )
-        for p, q in zip(logprobs, reference, strict=True)
-    ]
-    return rewards - kl_coef * np.array(sums).reshape(rewards.shape)
 
 
 # --- statistics of what counts ---------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ def policy_loss(
     With kl_in `reward` the penalty is a reward of every token instead, and A_t loses kl_coef x sum of KL_i(old ||
     reference) over i >= t (the return of InstructGPT's reward, arXiv 2203.02155, eq. 2; REINFORCE++, arXiv 2501.03262,
     section 3.1). With k1 that gives the exact gradient of the sequence's KL in expectation. It comes after the group
-    statistics; `rlzero.advantages.kl_in_reward` takes it off before them.
+    statistics.
 
     `logprobs` and `entropy` are the policy's now, for all n tokens of the batch; values outside the loss mask are
     never read. A batch without `old_logprobs` is on-policy: old is the detached new.
@@ -275,11 +275,11 @@ def policy_loss(
 
     Raises ValueError for a stream that the options need and the batch lacks, and for values that are not finite.
     """
-    mask = batch.loss_mask
-    documents = batch.document_ids.to(mask.device)[mask]  # bounds may lie on the CPU, see trainer.packing.to_device
+    chosen = batch.loss_mask.nonzero()[:, 0]  # a GPU is waited for here, once for all that follows
+    documents = batch.document_ids.to(chosen.device)[chosen]  # bounds may lie on the CPU, see trainer.packing.to_device
     count = len(batch.bounds) - 1
-    new = logprobs[mask]
-    streams = _streams(batch, new.dtype)
+    new = logprobs.index_select(0, chosen)
+    streams = _streams(batch, chosen, new.dtype)
     reference, behaviour, teacher = (streams.get(f"{name}_logprobs") for name in ("reference", "behaviour", "teacher"))
     old = streams.get("old_logprobs", new.detach())
 
@@ -332,9 +332,10 @@ def policy_loss(
         if options.kl_in == "loss" and options.kl_coef:
             loss = loss + options.kl_coef * average(kl_divergence(new, reference, options.kl_estimator))
     if entropy is not None:
-        metrics["entropy"] = _sum_and_count(entropy[mask])
+        entropy = entropy.index_select(0, chosen)
+        metrics["entropy"] = _sum_and_count(entropy)
         if options.entropy_coef:
-            loss = loss - options.entropy_coef * average(entropy[mask])
+            loss = loss - options.entropy_coef * average(entropy)
     elif options.entropy_coef:
         raise ValueError(f"entropy_coef is {options.entropy_coef} and the policy computed no entropy")
     if teacher is not None:
@@ -342,11 +343,13 @@ def policy_loss(
     return loss, metrics
 
 
-def _streams(batch: Batch, dtype: torch.dtype) -> dict[str, Float[Tensor, " tokens"]]:
-    """The per-token values that the batch has, at the tokens of the loss mask. Raises ValueError for one that is not
+def _streams(
+    batch: Batch, chosen: Int[Tensor, " tokens"], dtype: torch.dtype
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """The per-token values that the batch has, at the chosen tokens, those of the loss mask. Raises ValueError for one that is not
     finite there: it is a failed reward or a broken engine, and must not become a gradient."""
     names = ("advantages", "old_logprobs", "behaviour_logprobs", "reference_logprobs", "teacher_logprobs")
-    streams = {n: getattr(batch, n)[batch.loss_mask].to(dtype) for n in names if getattr(batch, n) is not None}
+    streams = {n: getattr(batch, n)[chosen].to(dtype) for n in names if getattr(batch, n) is not None}
     broken = [(~torch.isfinite(values)).sum() for values in streams.values()]
     counts = torch.stack(broken).tolist() if broken else []  # one wait for the GPU, not one per stream
     for (name, values), found in zip(streams.items(), counts, strict=True):
