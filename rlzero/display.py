@@ -67,7 +67,7 @@ class Display:
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         """Takes notice of an event: `step`, `evaluation`, or anything else, which is shown as a note."""
         if event == "step":
-            self._step = data
+            self._step, self._note = data, ""
             self._recent_s.append(_step_s(data))
             self._progress.update(self._task, completed=data["step"] + 1, eta=self.eta)
             self._say(self.step_line(data))
@@ -106,7 +106,8 @@ class Display:
             rows.append(time_bar(parts_of(self._step), _step_s(self._step)))
         if self._evaluations:
             rows.append(Text("  ".join(evaluation_line(e) for e in self._evaluations[-2:]), style="bold"))
-        rows.append(Text(f"{clock(time.monotonic() - self._began_s)} so far; {self._note}", style="dim"))
+        note = f"; {self._note}" if self._note else ""
+        rows.append(Text(f"{clock(time.monotonic() - self._began_s)} so far{note}", style="dim"))
         return Group(*rows)
 
     def _say(self, line: str) -> None:
