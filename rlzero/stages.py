@@ -16,6 +16,7 @@ from pydantic import Field
 
 from rlzero import base_text
 from rlzero.config import Positive, _Section, read_config
+from trainer.balance import BalanceKind
 from trainer.batch import Batch
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack
@@ -35,6 +36,8 @@ class BaseConfig(_Section):
     init: dict[str, Any]  # fields of trainer.model.config.V3Config
     optimizer: OptimizerOptions
     mtp_weight: float = Field(0.1, ge=0)
+    balance: BalanceKind = "none"  # see trainer.policy.Policy.next_token_loss
+    balance_weight: float = Field(0.0, ge=0)
     patience: float = Field(ge=0, le=1)  # chance that a note goes on after a try that failed
     patient_share: float = Field(ge=0, le=1)  # of notes that never give up
     shares: dict[str, float] = base_text.SHARES
@@ -109,7 +112,7 @@ def pretrain(config: BaseConfig, say: Callable[[dict[str, float]], None], steps:
     with open(folder / "training.jsonl", "w") as log:
         for step, batches in enumerate(steps_ahead(config, range(last))):
             began_s = time.monotonic()
-            metrics = trainer.next_token_step(batches, mtp_weight=config.mtp_weight)
+            metrics = trainer.next_token_step(batches, config.mtp_weight, config.balance, config.balance_weight)
             line = {"step": step, **metrics, "time_s": time.monotonic() - began_s}
             log.write(json.dumps(line) + "\n")
             log.flush()
