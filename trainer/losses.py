@@ -346,8 +346,8 @@ def policy_loss(
 def _streams(
     batch: Batch, chosen: Int[Tensor, " tokens"], dtype: torch.dtype
 ) -> dict[str, Float[Tensor, " tokens"]]:
-    """The per-token values that the batch has, at the chosen tokens, those of the loss mask. Raises ValueError for one that is not
-    finite there: it is a failed reward or a broken engine, and must not become a gradient."""
+    """The per-token values that the batch has, at the chosen tokens, those of the loss mask. Raises ValueError for one
+    that is not finite there: it is a failed reward or a broken engine, and must not become a gradient."""
     names = ("advantages", "old_logprobs", "behaviour_logprobs", "reference_logprobs", "teacher_logprobs")
     streams = {n: getattr(batch, n)[chosen].to(dtype) for n in names if getattr(batch, n) is not None}
     broken = [(~torch.isfinite(values)).sum() for values in streams.values()]

@@ -120,13 +120,13 @@ class Optimizer:
         if not self.parameters:
             raise ValueError("the policy has no parameter to train")
         self._groups = {name: tuple(groups(name, p)) for name, p in self.parameters.items()}
-        self._gradients: dict[str, Tensor] = {}  # of parameters with a master: this rank's shards, summed so far
+        self._gradients: dict[str, Tensor] = {}  # of parameters with a master: this rank's shards, summed by hooks
         self._states: dict[str, _State] = {}
         for name, parameter in self.parameters.items():
             own = parameter.dtype == torch.float32
             self._states[name] = _State(parameter if own else parameter.detach().float(), {})
             if not own:
-                parameter.register_post_accumulate_grad_hook(self._summing(name))
+                parameter.register_post_accumulate_grad_hook(_summing(self._gradients, name))
         device = next(iter(self.parameters.values())).device
         self._fused = device.type == "cuda"
         # the norm's way to the CPU: read while the GPU still updates
@@ -178,19 +178,6 @@ class Optimizer:
         return {"grad_norm": value, "lr": rate}
 
     # --- the gradient ------------------------------------------------------------------------------------------------
-
-    def _summing(self, name: str) -> Callable[[Parameter], None]:
-        def hook(parameter: Parameter) -> None:
-            gradient, parameter.grad = _local(parameter.grad), None
-            summed = self._gradients.get(name)
-            if summed is None:
-                self._gradients[name] = gradient
-            elif summed.dtype != torch.float32:
-                self._gradients[name] = summed.float().add_(gradient)
-            else:
-                summed.add_(gradient)
-
-        return hook
 
     def _norm(self, gradients: dict[str, Tensor]) -> Float[Tensor, ""]:
         """Global norm of the gradient, over all ranks, on the device."""
@@ -387,6 +374,23 @@ class Optimizer:
                 _take(state.master, tensors[f"master/{name}"])
         self._round(self.parameters)
         self.steps = steps
+
+
+def _summing(gradients: dict[str, Tensor], name: str) -> Callable[[Parameter], None]:
+    """A hook that takes a parameter's gradient into `gradients`. It knows nothing of the optimizer: a circle through
+    the parameter would keep both, and all of their memory, alive."""
+
+    def hook(parameter: Parameter) -> None:
+        gradient, parameter.grad = _local(parameter.grad), None
+        summed = gradients.get(name)
+        if summed is None:
+            gradients[name] = gradient
+        elif summed.dtype != torch.float32:
+            gradients[name] = summed.float().add_(gradient)
+        else:
+            summed.add_(gradient)
+
+    return hook
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """AdamW against its paper in float64, masters, clipping, schedules, and state that goes on bit for bit."""
 
+import gc
 import math
 import socket
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -203,6 +205,21 @@ def test_one_micro_batch_makes_no_second_copy_of_a_gradient():
     assert p.grad is None and kept.dtype == torch.bfloat16 and kept.data_ptr() == made[0]
     (p * 3).sum().backward()
     assert optimizer._gradients["p"].dtype == torch.float32
+
+
+def test_parameters_and_optimizer_are_freed_without_the_collector():
+    """A circle between a parameter and its hook would keep a dropped trainer's memory until a collection, or longer."""
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = Optimizer([("p", p)], OptimizerOptions())
+    (p * 3).sum().backward()
+    optimizer.step()
+    gone = [weakref.ref(optimizer), weakref.ref(optimizer.state()["master/p"])]
+    gc.disable()
+    try:
+        del optimizer, p
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def muon_float64(gradient, momentum, lr, weight_decay, theta):
