@@ -211,7 +211,7 @@ def sft(
 
 
 def _numbers(line: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in line.items())
+    return "  ".join(f"{name} {value:.4g}" for name, value in line.items() if "/" not in name)  # no single layers
 
 
 def _show_plan(config, resolved: bool) -> None:
