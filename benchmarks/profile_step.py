@@ -149,9 +149,9 @@ def steps(step: Step, layouts: list[str]) -> None:
     for name in layouts:
         lengths = LAYOUTS[name]
         step.lay_out(lengths)
-        for kept in ("rows kept", "rows copied again"):
+        for kept in ("all kept", "selective checkpointing"):
             for layer in step.model.layers[V3_2B.first_k_dense_replace :]:
-                layer.ffn.experts.keep_rows = kept == "rows kept"
+                layer.ffn.experts.keep_rows = kept == "all kept"
             step()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -165,6 +165,7 @@ def steps(step: Step, layouts: list[str]) -> None:
     for layer in step.model.layers[V3_2B.first_k_dense_replace :]:
         layer.ffn.experts.keep_rows = True
     step.lay_out(LAYOUTS[layouts[0]])
+    step()
     hidden = step.forward().detach()
     with torch.no_grad():
         print(f"part forward without gradient: {1e3 * seconds(step.forward, 6):.1f} ms", flush=True)
@@ -175,6 +176,7 @@ def steps(step: Step, layouts: list[str]) -> None:
 
     def model_only() -> None:
         step.forward().backward(hidden)
+        step.optimizer.zero_grad()
 
     print(f"part model forward + backward: {1e3 * seconds(model_only, 6):.1f} ms")
     print(f"part head forward + backward: {1e3 * seconds(head, 6):.1f} ms")
@@ -282,8 +284,6 @@ def profile(step: Step, layout: str) -> None:
             above = above.cpu_parent
         for kernel in event.kernels:
             kind = category(names, kernel.name)
-            if kind == "other":
-                kind = f"other: {names[0]}" if kernel.duration > 1e9 else "other"
             total[kind] += kernel.duration / rounds
             entry = kernels[(kind, kernel.name[:70])]
             entry[0] += kernel.duration / rounds
@@ -292,10 +292,35 @@ def profile(step: Step, layout: str) -> None:
     print(f"profile {layout}: step {1e3 * time_s:.1f} ms, kernels {busy / 1e3:.1f} ms", flush=True)
     for kind, us in sorted(total.items(), key=lambda item: -item[1]):
         print(f"  {kind:32} {us / 1e3:8.2f} ms  {100 * us / (1e6 * time_s):5.1f} %")
-    print(f"  {'idle':32} {1e3 * time_s - busy / 1e3:8.2f} ms")
+    gaps(prof, rounds, time_s)
     print("  the longest kernels:")
     for (kind, name), (us, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:45]:
         print(f"    {us / 1e3:7.2f} ms {count:6.0f} x  {kind:28} {name}")
+
+
+def gaps(prof, rounds: int, time_s: float) -> None:
+    """What no range claims, and the time between kernels."""
+    device = torch.autograd.DeviceType.CUDA
+    ran = [e for e in prof.events() if e.device_type == device and e.name not in ("optimizer", "ProfilerStep*")]
+    ran = sorted((e.time_range.start, e.time_range.end, e.name) for e in ran)
+    busy = sum(end - start for start, end, _ in ran) / rounds
+    between, longest, last, before = defaultdict(float), [], ran[0][1], ran[0][2]
+    for start, end, name in ran[1:]:
+        gap = start - last
+        if gap > 0:
+            kind = (
+                "up to 3 us" if gap <= 3 else "3 to 10 us" if gap <= 10 else "10 to 100 us" if gap <= 100 else "longer"
+            )
+            between[kind] += gap / rounds
+            longest.append((gap, before[:50], name[:50]))
+        if end > last:
+            last, before = end, name
+    print(f"  all kernels {busy / 1e3:.2f} ms, {len(ran) / rounds:.0f} a step; idle {1e3 * time_s - busy / 1e3:.2f} ms")
+    print("  gaps: " + ", ".join(f"{kind} {us / 1e3:.2f} ms" for kind, us in between.items()))
+    for gap, one, other in sorted(longest, reverse=True)[:10]:
+        print(f"    {gap:7.1f} us between {one} and {other}")
+    adamw = sum(end - start for start, end, name in ran if "adamw" in name.lower()) / rounds
+    print(f"  AdamW's kernel: {adamw / 1e3:.2f} ms")
 
 
 # ---- parts ----
@@ -332,6 +357,16 @@ def products() -> None:
         show(f"{name} forward", lambda x=x, w=w: torch._grouped_mm(x, w.transpose(1, 2), offs=ends), flop)
         show(f"{name} dgrad", lambda dy=dy, w=w: torch._grouped_mm(dy, w, offs=ends), flop)
         show(f"{name} wgrad", lambda x=x, dy=dy: torch._grouped_mm(dy.T, x, offs=ends), flop)
+    for inner in (1344, 1408, 1536):
+        dy, w = draw(TOKENS, inner), draw(inner, 2048)
+        show(f"latents dgrad, {inner} wide", lambda dy=dy, w=w: dy @ w, 2 * TOKENS * 1344 * 2048)
+    dy, w, out = draw(TOKENS, 1344), draw(1344, 2048), draw(TOKENS, 2048)
+
+    def split() -> None:
+        torch.mm(dy[:, :768], w[:768], out=out)
+        out.addmm_(dy[:, 768:], w[768:])
+
+    show("latents dgrad, 768 + 576", split, 2 * TOKENS * 1344 * 2048)
     x, w, w2, d = draw(TOKENS, 2048), draw(32, 2048), draw(64, 2048), draw(TOKENS, 64)
     show("router forward", lambda: torch.mm(x, w.T, out_dtype=torch.float32), 2 * TOKENS * 2048 * 32)
     show("router dgrad", lambda: d @ w2, 2 * TOKENS * 2048 * 64)
@@ -421,20 +456,19 @@ def attention() -> None:
         n = sum(lengths)
         bounds = torch.tensor([0, *lengths]).cumsum(0)
         documents = group_documents(bounds, device=torch.device("cuda"))
-        shapes = [f"{len(g.source)}x{g.source.shape[1]}" for g in documents.groups]
         q, kv, pe = draw(n, heads, 192), draw(n, heads, 256), draw(n, 64)
         turn = torch.polar(torch.ones(n, 32, device="cuda"), torch.rand(n, 32, device="cuda"))
         grad = draw(n, heads, 128)
         pairs = sum(m * m / 2 for m in lengths)
         flop = 2 * pairs * heads * (c.qk_head_dim + c.v_head_dim)
-        print(f"attention {layout}: {len(lengths)} documents, groups {' '.join(shapes)}", flush=True)
-        for kernel in ("cudnn", "cudnn_bounds", "flash_bounds", "cudnn_groups"):
+        print(f"attention {layout}: {len(lengths)} documents", flush=True)
+        for kernel in ("cudnn", "flash"):
             if kernel == "cudnn" and layout == "mixed":
                 continue
 
             def both(kernel=kernel, documents=documents, q=q, kv=kv, pe=pe, turn=turn, grad=grad, only=False) -> None:
                 inputs = [t.detach().requires_grad_() for t in (q, kv, pe)]
-                out = gpu_attention._Attention.apply(*inputs, turn, documents, 192**-0.5, True, kernel)
+                out = gpu_attention._Attention.apply(*inputs, turn, documents, 192**-0.5, True, kernel == "cudnn")
                 if not only:
                     torch.autograd.grad(out, inputs, grad)
 

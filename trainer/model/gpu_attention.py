@@ -1,12 +1,13 @@
 """Causal attention of MLA's heads over packed documents on a GPU, in BF16 (or FP16).
 
-Documents of one length are an array as they lie: cuDNN's kernel takes them without a copy. Documents of mixed lengths
-go to a kernel that reads their bounds on the device (`MIXED`). Nothing here waits for the device.
+Documents of one length are an array as they lie: cuDNN's kernel takes them without a copy. It makes a plan for every
+new shape (0.1 s), so documents of mixed lengths go to flash attention, which reads their bounds on the device and takes
+any lengths at once; it wants values as wide as keys, so they are filled up with zeros. (On one H100 the two differ by a
+factor of 1.5 to 2. cuDNN's own way to take bounds writes out of bounds in torch 2.11 at these head sizes, and padded
+groups of documents for its plain one cost in copies what the kernel gains.) Nothing here waits for the device.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,6 @@ from torch import Tensor
 
 from trainer.model.documents import Documents
 from trainer.model.triton_rope import backward_, queries_keys_values_
-
-Kernel = Literal["cudnn", "cudnn_bounds", "flash_bounds", "cudnn_groups"]
-MIXED: Kernel = "flash_bounds"  # for documents of mixed lengths
 
 
 def gpu_attention(
@@ -31,24 +29,26 @@ def gpu_attention(
 ) -> Float[Tensor, "n heads v"]:
     """As `packed_attention.packed_attention`. `q` is overwritten: it must be a product's result, which no gradient
     needs."""
-    return _Attention.apply(q, kv, k_pe, turn, documents, scale, interleave, "cudnn" if documents.equal else MIXED)
+    equal = documents.equal and documents.longest > 1  # cuDNN takes no documents of one token
+    return _Attention.apply(q, kv, k_pe, turn, documents, scale, interleave, equal)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, kv, k_pe, turn, documents, scale, interleave, kernel):
+    def forward(ctx, q, kv, k_pe, turn, documents, scale, interleave, equal):
         ctx.v = kv.shape[2] - q.shape[2] + k_pe.shape[1]
-        v_width = {"flash_bounds": q.shape[2], "cudnn_bounds": ctx.v}.get(kernel)
-        q, k, v = queries_keys_values_(q, kv, k_pe.contiguous(), turn, interleave, v_width)
-        out, saved = FORWARD[kernel](q, k, v, documents, scale)
+        q, k, v = queries_keys_values_(q, kv, k_pe.contiguous(), turn, interleave, None if equal else q.shape[2])
+        out, saved = (_equal_forward if equal else _mixed_forward)(q, k, v, documents, scale)
         ctx.save_for_backward(q, k, v, turn, *saved)
-        ctx.documents, ctx.scale, ctx.interleave, ctx.kernel = documents, scale, interleave, kernel
+        ctx.documents, ctx.scale, ctx.interleave, ctx.equal = documents, scale, interleave, equal
         return out[..., : ctx.v].contiguous()
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, turn, *saved = ctx.saved_tensors
-        dq, dk, dv = BACKWARD[ctx.kernel](grad, q, k, v, ctx.documents, ctx.scale, saved)
+        dq, dk, dv = (_equal_backward if ctx.equal else _mixed_backward)(
+            grad, q, k, v, ctx.documents, ctx.scale, *saved
+        )
         dq, dkv, dk_pe = backward_(dq, dk, dv, turn, ctx.v, ctx.interleave)
         return dq, dkv, dk_pe, None, None, None, None, None
 
@@ -61,31 +61,24 @@ def _as_tokens(x: Float[Tensor, "documents heads length width"]) -> Float[Tensor
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _cudnn(q, k, v, scale: float):
+def _equal_forward(q, k, v, documents: Documents, scale: float):
+    q, k, v = (_as_documents(t, len(documents.lengths)) for t in (q, k, v))
     out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, True, False, scale=scale
     )
-    return out, lse, seed, offset
+    return _as_tokens(out), (out, lse, seed, offset)
 
 
-def _cudnn_backward(grad, q, k, v, out, lse, seed, offset, scale: float):
-    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, out, lse, seed, offset, None, None, None, q.shape[2], k.shape[2], 0.0, True, scale=scale
-    )
-
-
-def _equal_forward(q, k, v, documents: Documents, scale: float):
-    q, k, v = (_as_documents(t, len(documents.lengths)) for t in (q, k, v))
-    out, *rest = _cudnn(q, k, v, scale)
-    return _as_tokens(out), (out, *rest)
-
-
-def _equal_backward(grad, q, k, v, documents: Documents, scale: float, saved):
+def _equal_backward(grad, q, k, v, documents: Documents, scale: float, out, lse, seed, offset):
     grad, q, k, v = (_as_documents(t, len(documents.lengths)) for t in (grad.contiguous(), q, k, v))
-    return tuple(_as_tokens(t).contiguous() for t in _cudnn_backward(grad, q, k, v, *saved, scale))
+    length = documents.longest
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, lse, seed, offset, None, None, None, length, length, 0.0, True, scale=scale
+    )
+    return tuple(_as_tokens(t).contiguous() for t in grads)
 
 
-def _flash_forward(q, k, v, documents: Documents, scale: float):
+def _mixed_forward(q, k, v, documents: Documents, scale: float):
     bounds, longest = documents.cumulative, documents.longest
     out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
@@ -93,61 +86,9 @@ def _flash_forward(q, k, v, documents: Documents, scale: float):
     return out, (out, lse, rng, unused)
 
 
-def _flash_backward(grad, q, k, v, documents: Documents, scale: float, saved):
-    out, lse, rng, unused = saved
+def _mixed_backward(grad, q, k, v, documents: Documents, scale: float, out, lse, rng, unused):
     bounds, longest = documents.cumulative, documents.longest
     grad = F.pad(grad, (0, v.shape[2] - grad.shape[2]))
     return torch.ops.aten._flash_attention_backward(
         grad, q, k, v, out, lse, bounds, bounds, longest, longest, 0.0, True, rng, unused, scale=scale
     )
-
-
-def _bounds_forward(q, k, v, documents: Documents, scale: float):
-    bounds, longest = documents.cumulative, documents.longest
-    out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._cudnn_attention_forward(
-        q, k, v, None, bounds, bounds, longest, longest, True, 0.0, True, False, scale=scale
-    )
-    return out, (out, lse, seed, offset)
-
-
-def _bounds_backward(grad, q, k, v, documents: Documents, scale: float, saved):
-    bounds, longest = documents.cumulative, documents.longest
-    return torch.ops.aten._cudnn_attention_backward(
-        grad.contiguous(), q, k, v, *saved, None, bounds, bounds, longest, longest, 0.0, True, scale=scale
-    )
-
-
-def _groups_forward(q, k, v, documents: Documents, scale: float):
-    result, saved = q.new_empty(len(q), q.shape[1], v.shape[2]), []
-    for group in documents.groups:
-        rows, count = group.source.flatten(), len(group.source)
-        out, *rest = _cudnn(*(_as_documents(t.index_select(0, rows), count) for t in (q, k, v)), scale)
-        tokens = _as_tokens(out)
-        result.index_copy_(0, group.tokens, tokens if group.real is None else tokens.index_select(0, group.real))
-        saved += [out, *rest]
-    return result, saved
-
-
-def _groups_backward(grad, q, k, v, documents: Documents, scale: float, saved):
-    results = torch.empty_like(q), torch.empty_like(k), q.new_empty(v.shape)
-    for i, group in enumerate(documents.groups):
-        rows, count = group.source.flatten(), len(group.source)
-        arrays = [_as_documents(t.index_select(0, rows), count) for t in (q, k, v)]
-        g = grad.new_zeros(len(rows), *grad.shape[1:])
-        real = torch.arange(len(rows), device=rows.device) if group.real is None else group.real
-        g.index_copy_(0, real, grad.index_select(0, group.tokens))
-        for result, part in zip(
-            results, _cudnn_backward(_as_documents(g, count), *arrays, *saved[4 * i : 4 * i + 4], scale), strict=True
-        ):
-            result.index_copy_(0, group.tokens, _as_tokens(part).index_select(0, real))
-    return results
-
-
-FORWARD = {
-    "cudnn": _equal_forward, "cudnn_bounds": _bounds_forward, "flash_bounds": _flash_forward,
-    "cudnn_groups": _groups_forward,
-}  # fmt: skip
-BACKWARD = {
-    "cudnn": _equal_backward, "cudnn_bounds": _bounds_backward, "flash_bounds": _flash_backward,
-    "cudnn_groups": _groups_backward,
-}  # fmt: skip

@@ -31,8 +31,9 @@ def route(
     bias: Float[Tensor, " experts"],
     replay: Int[Tensor, "n k"] | None,
     *decision,
-) -> tuple[Float[Tensor, "n experts"], Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """Scores and weights, which carry gradients, and the chosen experts. `decision`: groups, kept groups, k, whether
+) -> tuple[Float[Tensor, "n experts"], Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, "n hidden"]]:
+    """Scores and weights, which carry gradients, the chosen experts, and `x` again: what else uses `x` should use this
+    one, and the gradients of both uses are summed inside a product. `decision`: groups, kept groups, k, whether
     weights add up to 1, their factor (see `triton_route.decide`)."""
     return _Route.apply(x, weight, bias, replay, decision)
 
@@ -45,13 +46,13 @@ class _Route(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scores, experts)
         ctx.decision = decision
         ctx.mark_non_differentiable(experts)
-        return scores, weights, experts
+        return scores, weights, experts, x
 
     @staticmethod
-    def backward(ctx, d_scores, d_weights, _):
+    def backward(ctx, d_scores, d_weights, _, dx):
         x, weight, scores, experts = ctx.saved_tensors
         if d_scores is None and d_weights is None:
-            return None, None, None, None, None
+            return dx, None, None, None, None
         if d_weights is None:
             d_weights = scores.new_zeros(experts.shape)
         *_, renormalize, factor = ctx.decision
@@ -61,10 +62,14 @@ class _Route(torch.autograd.Function):
         d_logits = decide_backward(scores, experts, d_weights, d_scores, renormalize, factor, dtype)
         total = len(weight)
         if dtype == torch.float32:
-            return (d_logits @ weight.float()).to(x.dtype), (d_logits.T @ x.float()).to(weight.dtype), None, None, None
+            own = (d_logits @ weight.float()).to(x.dtype)
+            dw = (d_logits.T @ x.float()).to(weight.dtype)
+            return own if dx is None else dx + own, dw, None, None, None
         dw = product_float32(d_logits.T, x)
         dw = (dw[:total] + dw[total:]).to(weight.dtype)
-        return d_logits @ torch.cat((weight, weight)), dw, None, None, None
+        twice = torch.cat((weight, weight))
+        # In place: the one who made dx, `_Experts`, has handed it over to this function alone.
+        return d_logits @ twice if dx is None else dx.addmm_(d_logits, twice), dw, None, None, None
 
 
 def experts(
@@ -78,8 +83,9 @@ def experts(
     keep_rows: bool = True,
 ) -> Float[Tensor, "n hidden"]:
     """Σ weight · expert(x), plus the shared expert of weights (w13, w2) and `residual` where there are any, in BF16.
-    Kept for the backward pass: `x`, the products' results before the activation, and with `keep_rows` the copies of
-    the tokens by expert, which else are made again (n · k · hidden numbers a layer against one pass over them)."""
+    Kept for the backward pass: `x`, the first products' results, and with `keep_rows` the copies of the tokens by
+    expert and the activations, which else are made again (n · k · (hidden + wide) numbers a layer against one pass over
+    them)."""
     return _Experts.apply(x, weights, chosen, w13, w2, *(shared or (None, None)), residual, keep_rows)
 
 
@@ -94,29 +100,31 @@ class _Experts(torch.autograd.Function):
             added.append(F.linear(swiglu_forward(shared_gate_up), shared2))
         rows = scatter_rows(x, order.place)
         gate_up = torch._grouped_mm(rows, w13.transpose(1, 2), offs=order.ends)
+        if not keep_rows:
+            rows = None
+        act = swiglu_forward(gate_up, order.row_weights)
         ctx.save_for_backward(
-            x, rows if keep_rows else None, gate_up, shared_gate_up, w13, w2, shared13, shared2, order.place,
+            x, rows, act if keep_rows else None, gate_up, shared_gate_up, w13, w2, shared13, shared2, order.place,
             order.ends, order.row_weights,
         )  # fmt: skip
         ctx.residual = residual is not None
-        del rows
-        out = torch._grouped_mm(swiglu_forward(gate_up, order.row_weights), w2.transpose(1, 2), offs=order.ends)
-        return gather_sum(out, order.place, *added)
+        return gather_sum(torch._grouped_mm(act, w2.transpose(1, 2), offs=order.ends), order.place, *added)
 
     @staticmethod
     def backward(ctx, dy):
-        x, rows, gate_up, shared_gate_up, w13, w2, shared13, shared2, place, ends, row_weights = ctx.saved_tensors
+        x, rows, kept, gate_up, shared_gate_up, w13, w2, shared13, shared2, place, ends, row_weights = ctx.saved_tensors
         dy = dy.contiguous()
         dx_shared, d_shared13, d_shared2 = [], None, None
         if shared13 is not None:
-            d_gate_up, act, _ = swiglu_backward(shared_gate_up, dy @ shared2)
-            d_shared2 = dy.T @ act
+            d_gate_up, shared_act, _ = swiglu_backward(shared_gate_up, dy @ shared2)
+            d_shared2 = dy.T @ shared_act
             d_shared13 = d_gate_up.T @ x
             dx_shared = [d_gate_up @ shared13]
         d_out = scatter_rows(dy, place)
-        d_gate_up, act, d_row_weights = swiglu_backward(gate_up, torch._grouped_mm(d_out, w2, offs=ends), row_weights)
-        dw2 = torch._grouped_mm(d_out.T, act, offs=ends)
-        del d_out, act
+        d_act = torch._grouped_mm(d_out, w2, offs=ends)
+        d_gate_up, act, d_row_weights = swiglu_backward(gate_up, d_act, row_weights, keep=kept is None)
+        dw2 = torch._grouped_mm(d_out.T, act if kept is None else kept, offs=ends)
+        del d_out, d_act, act, kept
         d_rows = torch._grouped_mm(d_gate_up, w13, offs=ends)
         dx = gather_sum(d_rows, place, *dx_shared)
         del d_rows

@@ -22,6 +22,7 @@ class Routing:
     experts: Int[Tensor, "n k"]
     weights: Float[Tensor, "n k"]  # float32
     load: Int[Tensor, " experts"]  # tokens sent to each expert
+    x: Float[Tensor, "n hidden"] | None = None  # on a GPU the router's input again, see `gpu_moe.route`
 
 
 class Router(nn.Module):
@@ -69,13 +70,13 @@ class Router(nn.Module):
 
         c = self.config
         if can_decide(c.n_routed_experts, c.n_group):
-            scores, weights, experts = route(
+            scores, weights, experts, x = route(
                 x, self.weight, self.bias, replay, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob,
                 c.routed_scaling_factor,
             )  # fmt: skip
         else:  # groups that are no power of two, which no published model has: fifteen operations instead of two
             scores, weights, experts = self._decide(x, replay)
-        return Routing(scores, experts, weights, load_of(experts, c.n_routed_experts))
+        return Routing(scores, experts, weights, load_of(experts, c.n_routed_experts), x)
 
 
 def select_experts(biased: Float[Tensor, "n experts"], n_group: int, topk_group: int, k: int) -> Int[Tensor, "n k"]:
@@ -102,7 +103,7 @@ class Experts(nn.Module):
         self.w13 = nn.Parameter(torch.empty(experts, 2 * wide, hidden))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, wide))
         self.recipe: Recipe = recipe
-        self.keep_rows = True  # on a GPU: keep the tokens' copies by expert for the backward pass, or copy again
+        self.keep_rows = True  # on a GPU: what `gpu_moe.experts` keeps for the backward pass
 
     def forward(
         self,
@@ -206,7 +207,7 @@ class MoE(nn.Module):
         """The layer's output, plus `residual` where it is given."""
         routing = self.router(x, replay)
         if self.exchange is None:
-            return self.experts(x, routing, self.shared, residual), routing
+            return self.experts(x if routing.x is None else routing.x, routing, self.shared, residual), routing
         y = self.exchange(self, x, routing)
         return y if residual is None else residual + y, routing
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-PROGRAMS = 1024  # of the backward pass; each sums the weight's gradient over its share of the rows
+PROGRAMS = 512  # of the backward pass; each sums the weight's gradient over its share of the rows
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _backward(
 
 def _launch(size: int) -> dict[str, int]:
     block = triton.next_power_of_2(size)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 8)}
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
 
 
 def _norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

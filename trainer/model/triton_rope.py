@@ -14,93 +14,112 @@ HEADS = 16  # of a tile
 
 
 @triton.jit
-def _turn(x, turn, BACK: tl.constexpr):
-    """Multiplies the pairs [..., pairs, 2] by the unit complex numbers [1, pairs, 2], or by their conjugates."""
-    a, b = tl.split(x)
-    cos, sin = tl.split(turn)
-    if BACK:
-        sin = -sin
-    return tl.join(a * cos - b * sin, a * sin + b * cos)
+def _load_pairs(at, is_head, PAIRS: tl.constexpr, PAIRS2: tl.constexpr, INTERLEAVE: tl.constexpr, TILE: tl.constexpr):
+    """Both numbers of every pair of the rows that begin at `at`, [TILE, PAIRS2] each, float32."""
+    if INTERLEAVE:  # one read of neighbours, taken apart in registers
+        column = tl.arange(0, 2 * PAIRS2)
+        both = tl.load(at[:, None] + column[None, :], mask=is_head[:, None] & (column < 2 * PAIRS)[None, :], other=0.0)
+        a, b = tl.split(tl.reshape(both.to(tl.float32), [TILE, PAIRS2, 2]))
+    else:
+        column = tl.arange(0, PAIRS2)
+        mask = is_head[:, None] & (column < PAIRS)[None, :]
+        a = tl.load(at[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(at[:, None] + column[None, :] + PAIRS, mask=mask, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _store_pairs(
+    at, a, b, is_head, PAIRS: tl.constexpr, PAIRS2: tl.constexpr, INTERLEAVE: tl.constexpr, TILE: tl.constexpr
+):
+    if INTERLEAVE:
+        column = tl.arange(0, 2 * PAIRS2)
+        both = tl.reshape(tl.join(a, b), [TILE, 2 * PAIRS2]).to(at.dtype.element_ty)
+        tl.store(at[:, None] + column[None, :], both, mask=is_head[:, None] & (column < 2 * PAIRS)[None, :])
+    else:
+        column = tl.arange(0, PAIRS2)
+        mask = is_head[:, None] & (column < PAIRS)[None, :]
+        tl.store(at[:, None] + column[None, :], a.to(at.dtype.element_ty), mask=mask)
+        tl.store(at[:, None] + column[None, :] + PAIRS, b.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _cosine_sine(turns, token, PAIRS: tl.constexpr, PAIRS2: tl.constexpr):
+    column = tl.arange(0, 2 * PAIRS2)
+    both = tl.load(turns + token * (2 * PAIRS) + column, mask=column < 2 * PAIRS, other=0.0)
+    cos, sin = tl.split(tl.reshape(both, [PAIRS2, 2]))
+    return cos[None, :], sin[None, :]
 
 
 @triton.jit
 def _forward(
-    q, kv, k_pe, turns, k, v, heads, NOPE: tl.constexpr, V: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr,
-    PART: tl.constexpr, COPY_V: tl.constexpr, V_WIDTH: tl.constexpr, ROPE2: tl.constexpr, NOPE2: tl.constexpr,
+    q, kv, k_pe, turns, k, v, heads, NOPE: tl.constexpr, V: tl.constexpr, PAIRS: tl.constexpr,
+    INTERLEAVE: tl.constexpr, COPY_V: tl.constexpr, V_WIDTH: tl.constexpr, PAIRS2: tl.constexpr, NOPE2: tl.constexpr,
     V2: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)
     is_head = head < heads
+    row = token * heads + head
     WIDTH: tl.constexpr = NOPE + 2 * PAIRS
-    pair, part = tl.arange(0, ROPE2), tl.arange(0, 2)
-    at_rope = pair[:, None] * STEP + part[None, :] * PART  # [pairs, 2]
-    is_pair = pair < PAIRS
-    turn = tl.load(turns + token * (2 * PAIRS) + pair[:, None] * 2 + part[None, :], mask=is_pair[:, None], other=0.0)
-    turn = turn[None, :, :]
-    mask = is_head[:, None, None] & is_pair[None, :, None] & (part < 2)[None, None, :]
-
-    at = (token * heads + head)[:, None, None] * WIDTH + NOPE + at_rope[None, :, :]
-    turned = _turn(tl.load(q + at, mask=mask, other=0.0).to(tl.float32), turn, False)
-    tl.store(q + at, turned.to(q.dtype.element_ty), mask=mask)
-
-    shared = tl.load(k_pe + token * (2 * PAIRS) + at_rope, mask=is_pair[:, None], other=0.0).to(tl.float32)
-    shared = _turn(shared[None, :, :], turn, False)
-    tl.store(k + at, tl.broadcast_to(shared, [TILE, ROPE2, 2]).to(k.dtype.element_ty), mask=mask)
-
     column = tl.arange(0, NOPE2)
     inside = is_head[:, None] & (column < NOPE)[None, :]
-    source = (token * heads + head)[:, None] * (NOPE + V)
-    own = tl.load(kv + source + column[None, :], mask=inside, other=0.0)
-    tl.store(k + (token * heads + head)[:, None] * WIDTH + column[None, :], own, mask=inside)
+    own = tl.load(kv + row[:, None] * (NOPE + V) + column[None, :], mask=inside, other=0.0)
+    cos, sin = _cosine_sine(turns, token, PAIRS, PAIRS2)
+    a, b = _load_pairs(q + row * WIDTH + NOPE, is_head, PAIRS, PAIRS2, INTERLEAVE, TILE)
+    one = tl.arange(0, 1)
+    c, d = _load_pairs(k_pe + token * (2 * PAIRS) + one, one == 0, PAIRS, PAIRS2, INTERLEAVE, 1)
+    _store_pairs(q + row * WIDTH + NOPE, a * cos - b * sin, a * sin + b * cos, is_head, PAIRS, PAIRS2, INTERLEAVE, TILE)
+    tl.store(k + row[:, None] * WIDTH + column[None, :], own, mask=inside)
+    c, d = c * cos - d * sin, c * sin + d * cos
+    c, d = tl.broadcast_to(c, [TILE, PAIRS2]), tl.broadcast_to(d, [TILE, PAIRS2])
+    _store_pairs(k + row * WIDTH + NOPE, c, d, is_head, PAIRS, PAIRS2, INTERLEAVE, TILE)
     if COPY_V:  # into rows of V_WIDTH, the end filled with zeros
         column = tl.arange(0, V2)
-        value = tl.load(kv + source + NOPE + column[None, :], mask=is_head[:, None] & (column < V)[None, :], other=0.0)
-        target = (token * heads + head)[:, None] * V_WIDTH + column[None, :]
-        tl.store(v + target, value, mask=is_head[:, None] & (column < V_WIDTH)[None, :])
+        inside = is_head[:, None] & (column < V)[None, :]
+        value = tl.load(kv + row[:, None] * (NOPE + V) + NOPE + column[None, :], mask=inside, other=0.0)
+        target = v + row[:, None] * V_WIDTH + column[None, :]
+        tl.store(target, value, mask=is_head[:, None] & (column < V_WIDTH)[None, :])
 
 
 @triton.jit
 def _backward(
     dq, dk, dv, turns, dkv, dk_pe, heads, dv_token, dv_head, NOPE: tl.constexpr, V: tl.constexpr, PAIRS: tl.constexpr,
-    STEP: tl.constexpr, PART: tl.constexpr, ROPE2: tl.constexpr, NOPE2: tl.constexpr, V2: tl.constexpr,
-    TILE: tl.constexpr,
+    INTERLEAVE: tl.constexpr, PAIRS2: tl.constexpr, NOPE2: tl.constexpr, V2: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     WIDTH: tl.constexpr = NOPE + 2 * PAIRS
-    pair, part = tl.arange(0, ROPE2), tl.arange(0, 2)
-    at_rope = pair[:, None] * STEP + part[None, :] * PART
-    is_pair = pair < PAIRS
-    turn = tl.load(turns + token * (2 * PAIRS) + pair[:, None] * 2 + part[None, :], mask=is_pair[:, None], other=0.0)
-    turn = turn[None, :, :]
-    shared = tl.zeros([ROPE2, 2], tl.float32)
+    cos, sin = _cosine_sine(turns, token, PAIRS, PAIRS2)
+    shared_a, shared_b = tl.zeros([PAIRS2], tl.float32), tl.zeros([PAIRS2], tl.float32)
     for first in range(0, heads, TILE):
         head = first + tl.arange(0, TILE)
         is_head = head < heads
-        mask = is_head[:, None, None] & is_pair[None, :, None] & (part < 2)[None, None, :]
-        at = (token * heads + head)[:, None, None] * WIDTH + NOPE + at_rope[None, :, :]
-        back = _turn(tl.load(dq + at, mask=mask, other=0.0).to(tl.float32), turn, True)
-        tl.store(dq + at, back.to(dq.dtype.element_ty), mask=mask)
-        shared += tl.sum(tl.load(dk + at, mask=mask, other=0.0).to(tl.float32), 0)
-
+        row = token * heads + head
         column = tl.arange(0, NOPE2)
         inside = is_head[:, None] & (column < NOPE)[None, :]
-        own = tl.load(dk + (token * heads + head)[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
-        target = (token * heads + head)[:, None] * (NOPE + V)
-        tl.store(dkv + target + column[None, :], own, mask=inside)
-        column = tl.arange(0, V2)
-        inside = is_head[:, None] & (column < V)[None, :]
-        value = tl.load(dv + token * dv_token + head[:, None] * dv_head + column[None, :], mask=inside, other=0.0)
-        tl.store(dkv + target + NOPE + column[None, :], value, mask=inside)
-    one = is_pair[None, :, None] & (part < 2)[None, None, :]
-    back = _turn(shared[None, :, :], turn, True)
-    tl.store(dk_pe + token * (2 * PAIRS) + at_rope[None, :, :], back.to(dk_pe.dtype.element_ty), mask=one)
+        own = tl.load(dk + row[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
+        v_column = tl.arange(0, V2)
+        v_inside = is_head[:, None] & (v_column < V)[None, :]
+        value = tl.load(dv + token * dv_token + head[:, None] * dv_head + v_column[None, :], mask=v_inside, other=0.0)
+        a, b = _load_pairs(dq + row * WIDTH + NOPE, is_head, PAIRS, PAIRS2, INTERLEAVE, TILE)
+        c, d = _load_pairs(dk + row * WIDTH + NOPE, is_head, PAIRS, PAIRS2, INTERLEAVE, TILE)
+        shared_a += tl.sum(c, 0)
+        shared_b += tl.sum(d, 0)
+        tl.store(dkv + row[:, None] * (NOPE + V) + column[None, :], own, mask=inside)
+        tl.store(dkv + row[:, None] * (NOPE + V) + NOPE + v_column[None, :], value, mask=v_inside)
+        _store_pairs(  # turned back: by the conjugate
+            dq + row * WIDTH + NOPE, a * cos + b * sin, b * cos - a * sin, is_head, PAIRS, PAIRS2, INTERLEAVE, TILE
+        )
+    one = tl.arange(0, 1)
+    c, d = shared_a[None, :], shared_b[None, :]
+    c, d = c * cos + d * sin, d * cos - c * sin
+    _store_pairs(dk_pe + token * (2 * PAIRS) + one, c, d, one == 0, PAIRS, PAIRS2, INTERLEAVE, 1)
 
 
 def _shape(heads: int, nope: int, v: int, pairs: int, interleave: bool) -> dict[str, int]:
     return {
-        "NOPE": nope, "V": v, "PAIRS": pairs, "STEP": 2 if interleave else 1, "PART": 1 if interleave else pairs,
-        "ROPE2": triton.next_power_of_2(pairs), "NOPE2": triton.next_power_of_2(nope),
+        "NOPE": nope, "V": v, "PAIRS": pairs, "INTERLEAVE": interleave, "PAIRS2": triton.next_power_of_2(pairs),
+        "NOPE2": triton.next_power_of_2(nope),
         "TILE": min(triton.next_power_of_2(heads), HEADS), "num_warps": 4,
     }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from trainer.model.attention import MLA
 from trainer.model.config import V3Config
 from trainer.model.documents import Documents, group_documents
 from trainer.model.layers import Linear, RMSNorm, SwiGLU
-from trainer.model.moe import MoE, Router, Routing, sequence_balance
+from trainer.model.moe import Experts, MoE, Router, Routing, sequence_balance
 from trainer.model.rope import turns
 from trainer.precision.recipe import Recipe, check_recipe
 
@@ -78,9 +79,15 @@ class MTP(nn.Module):
 
 class V3Model(nn.Module):
     """Weights are uninitialized until `init_weights` or `hf.load_folder` (so that it can be built on the meta
-    device). `activation_checkpointing` recomputes every block in the backward pass."""
+    device). `activation_checkpointing` recomputes every block in the backward pass; "selective" only what is cheap to
+    make again on a GPU, the tokens' copies by expert and the experts' activations."""
 
-    def __init__(self, config: V3Config, recipe: Recipe = "bf16", activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: V3Config,
+        recipe: Recipe = "bf16",
+        activation_checkpointing: bool | Literal["selective"] = False,
+    ) -> None:
         super().__init__()
         check_recipe(recipe)
         self.config = config
@@ -92,6 +99,9 @@ class V3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else nn.Parameter(torch.empty_like(self.embed))
         self.mtp_layers = nn.ModuleList(MTP(config, recipe) for _ in range(config.num_nextn_predict_layers))
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.keep_rows = activation_checkpointing != "selective"
 
     def forward(
         self,
@@ -176,7 +186,7 @@ class V3Model(nn.Module):
         return self
 
     def _block(self, layer: Block | MTP, *args):
-        if self.activation_checkpointing and torch.is_grad_enabled():
+        if self.activation_checkpointing is True and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)
 
