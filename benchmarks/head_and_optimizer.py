@@ -67,6 +67,14 @@ def optimizer(variants: bool) -> None:
         torch.cuda.synchronize()
         moved = count * (2 + 2 * (4 + 2 * width) + 2)  # gradient; master and moments twice; weight
         if moments == "bfloat16":
+            sums = {n: g.float() for n, g in grads.items()}
+
+            def add(sums=sums, grads=grads) -> None:  # what a parameter's hook does from the third micro-batch on
+                for name, total in sums.items():
+                    total.add_(grads[name])
+
+            show("gradients of one more micro-batch, summed in FP32", milliseconds(add), 10 * count, "TB/s")
+            del sums, add
             ms = milliseconds(lambda grads=grads: _norms(list(grads.values())))
             show(f"norm of {count / 1e9:.2f} B gradients, {len(shapes)} tensors", ms, 2 * count, "TB/s")
         show(f"optimizer step, {moments} moments (norm included)", milliseconds(step), moved + 2 * count, "TB/s")

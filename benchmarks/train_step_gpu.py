@@ -267,7 +267,6 @@ class Peer:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         chosen = {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
-        torch._dynamo.reset()
         if folder is None:
             fields = V3_2B.to_hf()
             config = AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -383,8 +382,12 @@ def attempt(work: str, who: str, measure: Callable[[], Figures]) -> Figures | No
         print(f"{work} {who} FAILED:\n{traceback.format_exc()}", flush=True)
         return None
     finally:
+        torch._dynamo.reset()  # compiled code holds on to its model
         gc.collect()
         torch.cuda.empty_cache()
+        left = torch.cuda.memory_allocated() / 1e9
+        if left > 0.1:  # it would count in the next peak
+            print(f"    {left:.1f} GB are still allocated after {work}, {who}", flush=True)
         print(f"    ({time.perf_counter() - start:.1f} s with building and warming up)", file=sys.stderr, flush=True)
 
 
