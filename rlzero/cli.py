@@ -141,9 +141,16 @@ def score(
 
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Memory, placement and work of a run, without starting anything."""
+    """Memory, placement and work of a run or of an architecture, without starting anything."""
+    from rlzero import model_plan
     from rlzero.config import Config
 
+    if model_plan.is_model_config(config):
+        lines, short = model_plan.plan_text(config, overrides or [])
+        typer.echo("\n".join(lines))
+        if short is not None:
+            raise short
+        return
     _show_plan(Config.load(config, overrides or []), resolved=False)
 
 
