@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
+from trainer.readback import Readback
+
 
 class OptimizerOptions(BaseModel):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and its schedule; defaults: R1-Zero's lr (arXiv 2501.12948),
@@ -129,8 +131,6 @@ class Optimizer:
                 parameter.register_post_accumulate_grad_hook(_summing(self._gradients, name))
         device = next(iter(self.parameters.values())).device
         self._fused = device.type == "cuda"
-        # the norm's way to the CPU: read while the GPU still updates
-        self._seen = torch.empty((), pin_memory=True) if self._fused else None
         self._matrices = {name for name in self.parameters if options.algorithm == "muon" and self._is_matrix(name)}
         self._muon = self._make_muon() if self._matrices else None
 
@@ -216,10 +216,7 @@ class Optimizer:
         Returns the norm."""
         from trainer import triton_adamw
 
-        assert self._seen is not None
-        self._seen.copy_(norm, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        value = Readback(norm)  # read below while the GPU still updates
         beta1, beta2 = self.options.betas
         for name, gradient in gradients.items():
             state, parameter = self._begin(name), self.parameters[name]
@@ -238,8 +235,7 @@ class Optimizer:
                 weight_decay=self._decay(name),
                 max_norm=self.options.max_grad_norm,
             )
-        arrived.synchronize()
-        return self._seen.item()
+        return value.tolist()
 
     def _update(self, gradients: dict[str, Tensor], norm: float, rate: float) -> None:
         gradients = {name: gradient.float() for name, gradient in gradients.items()}
