@@ -29,6 +29,7 @@ from trainer.parallel import ParallelOptions, Ranks, Rendezvous, Share
 from trainer.parallel_checkpoint import SHARDS, WHOLE, load_shards, read_shards, save_shards
 from trainer.parallel_policy import ShardedV3Policy, load_sharded_policy
 from trainer.policy import Policy, PolicyOptions, load_policy
+from trainer.readback import Readback
 
 SCORE_TOKENS = 16_384  # packed at a time when sequences are scored
 
@@ -142,9 +143,10 @@ class Trainer:
             for name, value in metrics.items():
                 value = value if share.real else 0.0 * value
                 totals[name] = totals[name] + value if name in totals else value
+        values = Readback(self.ranks.sum(torch.stack(list(totals.values()))))  # begun ahead of the update
         update = self._update()
-        values = self.ranks.sum(torch.stack(list(totals.values()))).tolist()
-        return {**dict(zip(totals, values, strict=True)), **update, "tokens": float(batches[0].total_tokens)}
+        found = dict(zip(totals, values.tolist(), strict=True))
+        return {**found, **update, "tokens": float(batches[0].total_tokens)}
 
     def _turns(self, shares: Sequence[Share]) -> Iterator[Share]:
         """The micro-batches of one update in turn. What the router is counted for ends where the gaps begin."""
@@ -155,15 +157,16 @@ class Trainer:
             yield share
 
     def _update(self) -> dict[str, float]:
-        metrics = self.optimizer.step()
         load = self.policy.take_router_load()
         if self._load is not None:
             load, self._load = self._load, None
-        if load is not None:
-            load = self.ranks.sum(load)
-            metrics |= router_metrics(load, self.policy.router_layers)
-            if self._move_bias:
-                self.policy.update_router_bias(load, self.optimizer.options.router_bias_gamma)
+        if load is None:
+            return self.optimizer.step()
+        load = self.ranks.sum(load)
+        seen = Readback(load)  # nobody waits for the update to see it
+        metrics = self.optimizer.step() | router_metrics(seen.tensor(), self.policy.router_layers)
+        if self._move_bias:
+            self.policy.update_router_bias(load, self.optimizer.options.router_bias_gamma)
         return metrics
 
     # --- log-probabilities -------------------------------------------------------------------------------------------
