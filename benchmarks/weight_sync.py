@@ -36,6 +36,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 REPEATS = 5
+START_S = 150  # the engine's start may take so long
 FAMILIES = {
     "attention": r"self_attn\..*proj",
     "dense": r"layers\.0\.mlp",
@@ -156,6 +157,10 @@ def call_receive_only(state: dict, handle: Any) -> int:
     return count
 
 
+def call_plain_broadcast(state: dict, nbytes: int) -> None:
+    state["transport"].plain_broadcast(nbytes, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def call_hold(state: dict, handle: Any) -> int:
     """Keeps a copy of the published weights for the calls below."""
     state["held"] = [(name, tensor.clone()) for name, tensor in receiver(state, handle).receive(handle)]
@@ -242,7 +247,11 @@ class Engine:
         self.pipe, there = context.Pipe()
         self.process = context.Process(target=engine_main, args=(there, folder, options, environment), daemon=True)
         self.process.start()
-        self._answer("start", 150)
+        try:
+            self._answer("start", START_S)
+        except BaseException:
+            self.process.kill()
+            raise
 
     def __call__(self, name: str, *arguments: Any, deadline_s: float = 60) -> Any:
         self.pipe.send((name, *arguments))
@@ -450,8 +459,28 @@ def measure_sleep(trainer: TrainerSide, engine: Engine, transport: Any, cycles: 
         say(f"sleep level {level}, gap after", gap(scores, trainer.logprobs())["mean_abs"], "nats")
 
 
-def measure_plain_broadcast(trainer: TrainerSide, transport: Any) -> None:
-    say("NCCL: plain broadcast of as many bytes", transport.plain_broadcast_s, "s")
+def measure_plain_broadcast(trainer: TrainerSide, engine: Engine, transport: Any) -> None:
+    times_s = []
+    transport.wait()
+    for _ in range(REPEATS + 1):
+        synchronize()
+        began_s = time.perf_counter()
+        engine.pipe.send(("plain_broadcast", trainer.nbytes))
+        transport.plain_broadcast(trainer.nbytes, torch.device(trainer.device))
+        times_s.append(time.perf_counter() - began_s)
+        engine._answer("plain_broadcast", 60)
+    say("NCCL: plain broadcast of as many bytes", min(times_s), "s")
+
+
+def measure_transfer(trainer: TrainerSide, engine: Engine, transport: Any) -> None:
+    """The broadcast of the buckets with its verification, nothing installed."""
+    times_s = []
+    for version in range(200, 200 + REPEATS):
+        handle = transport.publish(trainer.named.items(), version)
+        engine("receive_only", handle)
+        transport.wait()
+        times_s.append(engine.took_s)
+    say("engine: receive and verify, not installed", min(times_s), "s")
 
 
 def main() -> None:
@@ -511,15 +540,17 @@ def main() -> None:
             if handle is None:
                 return
             if arguments.gpus == 2:
+                with part("transfer"):
+                    measure_transfer(trainer, engine, transport)
                 with part("plain broadcast"):
-                    measure_plain_broadcast(trainer, transport)
+                    measure_plain_broadcast(trainer, engine, transport)
             with part("kinds of weights"):
                 measure_families(trainer, engine, transport)
             with part("generation after all that"):
                 say("tokens written", engine("write", 8, 32, trainer.probe[0]))
-            with part("parts"):
-                handle = transport.publish(trainer.named.items(), 500)
-                if arguments.gpus == 1:
+            if arguments.gpus == 1:
+                with part("parts"):
+                    handle = transport.publish(trainer.named.items(), 500)
                     measure_parts(trainer, engine, transport, handle)
             if on_gpu and arguments.gpus == 1 and level:
                 with part("sleep and wake"):

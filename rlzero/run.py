@@ -26,6 +26,8 @@ from rollout import probe
 from rollout.engine import Prompt, Request, Rollout, Sampling
 from rollout.transport.base import Transport
 from rollout.transport.disk import DiskTransport
+from rollout.transport.ipc import IpcTransport
+from rollout.transport.nccl import NcclTransport
 from rollout.transport.object_store import ObjectStoreTransport
 from rollout.worker import choose_engine
 from trainer import checkpoint
@@ -309,9 +311,13 @@ def engine(config: Config) -> tuple[str, str]:
 
 
 def transport(config: Config) -> Transport:
-    """How weights reach the engines: through Ray's object store unless the config names the disk."""
+    """How weights reach the engines: through Ray's object store unless the config names another way."""
     if config.rollout.transport == "disk":
         return DiskTransport(config.run_dir / "weights")
+    if config.rollout.transport == "ipc":
+        return IpcTransport()
+    if config.rollout.transport == "nccl":
+        return NcclTransport(config.rollout.workers)
     return ObjectStoreTransport()
 
 

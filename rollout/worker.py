@@ -10,7 +10,6 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,8 @@ from rollout.engine import Engine, Request, Rollout
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+
+    from rollout.transport.base import Received, Transport
 
 Kind = Literal["torch", "vllm"]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -93,21 +93,31 @@ def make_engine(kind: str, model: str | Path, options: dict[str, Any]) -> Engine
     return TorchEngine(model, **options)
 
 
-def receive(handle: Any, version: int) -> Iterator[tuple[str, Tensor]]:
-    """The published tensors behind a handle of either transport (a path: disk; else Ray's object store), each checked
-    against the manifest. Raises ValueError when they are not those of `version`."""
-    if isinstance(handle, (str, Path)):
-        from rollout.transport.disk import DiskTransport
-
-        transport = DiskTransport(Path(handle).parent)
-    else:
-        from rollout.transport.object_store import ObjectStoreTransport
-
-        transport = ObjectStoreTransport()
+def receive(handle: Any, version: int, kept: dict[str, Transport] | None = None) -> Received:
+    """The published tensors behind any transport's handle, each checked against the manifest. `kept` holds what
+    transports keep from sync to sync (mapped buffers, process groups). Raises ValueError when the weights are not
+    those of `version`."""
+    transport = _transport(handle, {} if kept is None else kept)
     found = transport.manifest(handle).version
     if found != version:
         raise ValueError(f"the published weights are those of version {found}, the update is to version {version}")
     return transport.receive(handle)
+
+
+def _transport(handle: Any, kept: dict[str, Transport]) -> Transport:
+    from rollout.transport import ipc, nccl
+
+    if isinstance(handle, (str, Path)):
+        from rollout.transport.disk import DiskTransport
+
+        return DiskTransport(Path(handle).parent)
+    if isinstance(handle, ipc.Published):
+        return kept.setdefault("ipc", ipc.IpcTransport())
+    if isinstance(handle, nccl.Published):
+        return kept.setdefault("nccl", nccl.NcclTransport(handle.engines))
+    from rollout.transport.object_store import ObjectStoreTransport
+
+    return ObjectStoreTransport()
 
 
 class RolloutWorker:
@@ -118,6 +128,7 @@ class RolloutWorker:
         options = dict(options or {})
         threads = options.setdefault("threads", threads)
         self.kind = kind
+        self._transports: dict[str, Transport] = {}
         if threads is not None:
             set_threads(threads)
         self.engine = make_engine(kind, model, options)
@@ -154,7 +165,11 @@ class RolloutWorker:
     def update(self, handle: Any, version: int) -> int:
         """Receives published weights into the engine and returns its version. The engine is poisoned when they do not
         arrive whole; a handle of another version is refused before it touches the engine."""
-        self.engine.update(receive(handle, version), version)
+        weights = receive(handle, version, self._transports)
+        try:
+            self.engine.update(weights, version)
+        finally:
+            weights.close()  # an engine that gave up midway must not keep the trainer waiting
         return self.engine.version
 
     def score(self, sequences: list[list[int]], temperature: float = 1.0) -> list[np.ndarray]:

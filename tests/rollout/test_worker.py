@@ -17,6 +17,8 @@ from rollout.engine import Request, Sampling, generate
 from rollout.probe import gap, probe_sequences
 from rollout.torch_engine import TorchEngine
 from rollout.transport.disk import DiskTransport
+from rollout.transport.ipc import IpcTransport
+from rollout.transport.nccl import NcclTransport
 from rollout.transport.object_store import ObjectStoreTransport
 from rollout.worker import RolloutWorker, choose_engine, make_engine, receive
 from trainer.model import hf
@@ -107,10 +109,16 @@ def test_ping_tells_engine_and_threads(worker):
     assert answer["kind"] == "torch" and answer["threads"] == 2 and answer["pid"] != os.getpid()
 
 
-@pytest.mark.parametrize("transport", ["disk", "object store"])
+@pytest.mark.parametrize("transport", ["disk", "object store", "ipc", "nccl"])
 def test_update_through_a_transport_makes_the_engine_the_new_policy(worker, folder, tmp_path, transport):
-    new, version = model(7), {"disk": 11, "object store": 12}[transport]
-    sender = DiskTransport(tmp_path) if transport == "disk" else ObjectStoreTransport(1 << 20)
+    new, version = model(7), {"disk": 11, "object store": 12, "ipc": 13, "nccl": 14}[transport]
+    senders = {
+        "disk": lambda: DiskTransport(tmp_path),
+        "object store": lambda: ObjectStoreTransport(1 << 20),
+        "ipc": lambda: IpcTransport(1 << 20),
+        "nccl": lambda: NcclTransport(1, 1 << 20),
+    }
+    sender = senders[transport]()
     handle = sender.publish(hf.named_checkpoint_tensors(new), version)
     assert ray.get(worker.update.remote(handle, version)) == version
     assert ray.get(worker.probe.remote(SEQUENCES, expected(folder, new)))["max_abs"] < 1e-5
