@@ -29,6 +29,8 @@ from rlzero import failures
 from rlzero.config import Config
 from rlzero.reading import UsageError
 from rollout.engine import Request, Rollout
+from rollout.transport.ipc import IpcTransport
+from rollout.transport.nccl import NcclTransport
 from rollout.worker import RolloutWorker
 from trainer.worker import Trainer
 
@@ -82,9 +84,11 @@ class Placement:
 
 def plan(config: Config, cores: int | None = None) -> Placement:
     """The placement that `config` asks for. Synchronous runs on a CPU take turns, so trainer and workers may each use
-    every core; where they work at the same time the cores are shared out."""
+    every core; where they work at the same time the cores are shared out. Each has a GPU of its own, but with
+    rollout.transport: ipc, which is for one device, they share one."""
     cores = cores or os.cpu_count() or 1
-    gpu = {"GPU": 1.0} if config.device == "cuda" else {}
+    share = 1.0 / (1 + config.rollout.workers) if config.rollout.transport == "ipc" else 1.0
+    gpu = {"GPU": share} if config.device == "cuda" else {}
     together = config.staleness > 0
     shares = 1 + config.rollout.workers if together else 1
     threads = max(1, cores // shares)
@@ -178,9 +182,14 @@ def _resources(bundle: dict[str, float]) -> str:
 class TrainerActor(Trainer):
     """The trainer as a Ray actor: what it computes plus handing its weights to a transport."""
 
+    _transport: Any = None
+
     def publish(self, transport: Any, version: int) -> Any:
         """The handle through which engines receive the weights of policy `version`."""
-        return transport.publish(self.weights(), version)
+        if type(self._transport) is not type(transport):
+            self._transport = transport  # the first one stays: it keeps buffers and groups from sync to sync
+        on_device = isinstance(transport, (IpcTransport, NcclTransport))  # these take the live tensors where they lie
+        return self._transport.publish(list(self.policy.weights()) if on_device else self.weights(), version)
 
     def pid(self) -> int:
         return os.getpid()
