@@ -12,13 +12,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from rlzero import dump
 from rlzero.data import DataError, Row, Split, _listed, load_rows, load_tokenizer, prompt_text
-from rlzero.sft_config import SftConfig, SftData
+from rlzero.sft_config import SftConfig, SftData, policy_field
 from rlzero.sft_tokens import (
     GENERATION,
     Example,
@@ -29,6 +29,7 @@ from rlzero.sft_tokens import (
     render,
     special_tokens,
     tokenize,
+    trimmed,
 )
 
 logger = logging.getLogger(__name__)
@@ -110,8 +111,8 @@ def read(
     else:
         rows = load_rows(source, params, split, seed=config.seed if split == "train" else 0)
         examples, counts = list(examples_of(rows, config.data, tokenizer, progress)), {}
-    examples = _fit(examples, config, source, counts)
-    return Examples(examples, counts)
+    _check_vocabulary(examples, config)
+    return Examples(_fit(examples, config, source, counts), counts)
 
 
 # --- rows of text ----------------------------------------------------------------------------------------------------
@@ -123,15 +124,13 @@ def examples_of(rows: Sequence[Row], data: SftData, tokenizer: Any, progress: Pr
     marks = data.loss_on == "completion" and bool(GENERATION.search(str(tokenizer.chat_template or "")))
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        if marks and data.template == "chat":
-            made = [
-                marked_by_template(tokenizer, *_conversation(row, data), row.where)
-                if data.text_column not in row.values or data.messages_column in row.values
-                else None
-                for row in chunk
-            ]
-        else:
-            made = [None] * len(chunk)
+        by_template = marks and data.template == "chat"
+        made = [
+            marked_by_template(tokenizer, *_conversation(row, data), row.where)
+            if by_template and _kind(row, data) in ("conversation", "pair")
+            else None
+            for row in chunk
+        ]
         texts = [_as_text(row, data, tokenizer) for row, done in zip(chunk, made, strict=True) if done is None]
         encoded = iter(tokenize(texts, tokenizer))
         for example in made:
@@ -142,21 +141,28 @@ def examples_of(rows: Sequence[Row], data: SftData, tokenizer: Any, progress: Pr
         progress(min(start + CHUNK, len(rows)), len(rows))
 
 
+def _kind(row: Row, data: SftData) -> Literal["conversation", "pair", "text"] | None:
+    """What the columns of a row make it; the first that fits."""
+    if data.messages_column in row.values:
+        return "conversation"
+    if data.prompt_column in row.values and data.completion_column in row.values:
+        return "pair"
+    return "text" if data.text_column in row.values else None
+
+
 def _check_columns(rows: Sequence[Row], data: SftData) -> None:
-    """Every row is a conversation, a pair or a text."""
-    wanted = (
-        f"'{data.messages_column}', or '{data.prompt_column}' and '{data.completion_column}', or '{data.text_column}'"
-    )
-    bad = []
-    for row in rows:
-        pair = data.prompt_column in row.values and data.completion_column in row.values
-        if not (pair or data.messages_column in row.values or data.text_column in row.values):
-            bad.append(f"{row.where}: found {', '.join(map(str, row.values)) or 'an empty object'}")
+    pair = f"'{data.prompt_column}' and '{data.completion_column}'"
+    bad = [
+        f"{row.where}: found {', '.join(map(str, row.values)) or 'an empty object'}"
+        for row in rows
+        if _kind(row, data) is None
+    ]
     if bad:
         raise DataError(
             _listed(
-                f"{len(bad)} of {len(rows)} rows have none of the columns {wanted}; set data.messages_column, "
-                "data.prompt_column, data.completion_column or data.text_column",
+                f"{len(bad)} of {len(rows)} rows have none of the columns '{data.messages_column}', or {pair}, or "
+                f"'{data.text_column}'; set data.messages_column, data.prompt_column, data.completion_column or "
+                "data.text_column",
                 bad,
             )
         )
@@ -188,8 +194,8 @@ def _conversation(row: Row, data: SftData) -> tuple[list[dict], list | None]:
 
 
 def _as_text(row: Row, data: SftData, tokenizer: Any) -> TextRow:
-    values = row.values
-    if data.messages_column not in values and data.prompt_column not in values:
+    values, kind = row.values, _kind(row, data)
+    if kind == "text":
         text = values[data.text_column]
         if not isinstance(text, str):
             raise DataError(f"{row.where}: column '{data.text_column}' must hold a text, found {text!r:.80}")
@@ -204,7 +210,7 @@ def _as_text(row: Row, data: SftData, tokenizer: Any) -> TextRow:
         if data.loss_on == "all":
             return TextRow([(render(tokenizer, messages, tools, False, row.where), True)], False, row.where)
         return TextRow(chat_segments(tokenizer, messages, tools, row.where), False, row.where)
-    if data.messages_column in values:
+    if kind == "conversation":
         raise DataError(f"{row.where}: a conversation ('{data.messages_column}') needs data.template=chat")
     prompt, completion = values[data.prompt_column], values[data.completion_column]
     if not isinstance(completion, str):
@@ -243,7 +249,7 @@ def _fit(examples: list[Example], config: SftConfig, source: str, counts: dict[s
     kept = []
     for row in examples:
         if len(row.tokens) > longest and choice == "truncate":
-            row = Example(row.tokens[:longest], row.learned[:longest], row.where)
+            row = trimmed(row.tokens[:longest], row.learned[:longest], row.where)
             counts["truncated"] = counts.get("truncated", 0) + 1
             if not row.learned[1:].any():
                 counts["dropped"] = counts.get("dropped", 0) + 1
@@ -256,6 +262,16 @@ def _fit(examples: list[Example], config: SftConfig, source: str, counts: dict[s
     if not kept:
         raise DataError(f"{source}: no row is left to learn from ({_said(counts) or 'the data set is empty'})")
     return kept
+
+
+def _check_vocabulary(examples: list[Example], config: SftConfig) -> None:
+    size = policy_field(config.policy, "vocab_size")
+    for row in examples if size is not None else ():
+        if (highest := int(row.tokens.max(initial=0))) >= size:
+            raise DataError(
+                f"{row.where}: token {highest}, but the policy's vocabulary has {size} tokens: is the tokenizer (or "
+                "data.chat_template) another model's?"
+            )
 
 
 def _said(counts: dict[str, int]) -> str:

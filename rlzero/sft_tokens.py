@@ -96,7 +96,7 @@ def marked_by_template(tokenizer: Any, messages: list[dict], tools: list | None,
         )
     except Exception as error:
         raise DataError(f"{where}: the chat template refuses this conversation: {error}") from error
-    return _trimmed(out["input_ids"], np.array(out["assistant_masks"], bool), where)
+    return trimmed(out["input_ids"], np.array(out["assistant_masks"], bool), where)
 
 
 def tokenize(texts: Sequence[TextRow], tokenizer: Any) -> Iterator[Example]:
@@ -142,10 +142,10 @@ def _joined(text: TextRow, heads: list[list[int]], tokenizer: Any) -> Example:
                 mask[end] = True
                 break
         start = end
-    return _trimmed(tokens, mask[: len(tokens)], text.where)
+    return trimmed(tokens, mask[: len(tokens)], text.where)
 
 
-def _trimmed(tokens: Sequence[int], learned: Bool[np.ndarray, " n"], where: str) -> Example:
+def trimmed(tokens: Sequence[int], learned: Bool[np.ndarray, " n"], where: str) -> Example:
     """Without what follows the last token to learn."""
     end = int(learned.nonzero()[0][-1]) + 1 if learned.any() else len(tokens)
     return Example(np.array(tokens[:end], np.int32), learned[:end], where)

@@ -106,6 +106,7 @@ def partition(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def check(samples: Sequence[Sample], tokens_per_micro_batch: int) -> None:
     """Raises one ValueError that lists every sample which cannot be packed."""
     problems = []
+    routed = next((s.routed_experts.shape[1:] for s in samples if s.routed_experts is not None), None)
     for i, sample in enumerate(samples):
         n = len(sample.tokens)
         if sample.length > tokens_per_micro_batch:
@@ -124,6 +125,9 @@ def check(samples: Sequence[Sample], tokens_per_micro_batch: int) -> None:
         if sample.routed_experts is not None and len(sample.routed_experts) != sample.length:
             rows = len(sample.routed_experts)
             problems.append(f"sample {i}: routed_experts has {rows} rows for {sample.length} tokens")
+        elif sample.routed_experts is not None and sample.routed_experts.shape[1:] != routed:
+            shapes = f"{list(sample.routed_experts.shape[1:])}, others {list(routed)}"
+            problems.append(f"sample {i}: routed_experts has layers and experts {shapes}; expected the same of all")
     if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise ValueError("cannot pack:\n" + "\n".join(f"  - {problem}" for problem in shown))

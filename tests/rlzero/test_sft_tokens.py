@@ -191,6 +191,13 @@ def test_rows_that_are_too_long_are_truncated_or_dropped_by_choice_and_counted(r
     assert [len(row.tokens) for row in dropped] == [3] and dropped.counts == {"dropped": 2}
 
 
+def test_a_truncated_row_keeps_no_prompt_behind_its_last_answer(read):
+    (whole,) = read([{"messages": TURNS}])
+    first = int(np.flatnonzero(np.diff([*whole.learned, False]))[1])  # the last token of the first answer
+    (cut,) = read([{"messages": TURNS}], max_tokens=first + 6, too_long="truncate")
+    assert read.learned(cut) == ANSWERS[:1] and len(cut.tokens) == first + 1
+
+
 def test_a_row_whose_answer_is_cut_off_whole_is_dropped_and_named(read, caplog):
     read([{"prompt": "1", "completion": "2"}, LONG], template="none", max_tokens=5, too_long="truncate")
     assert "rows.jsonl:2: nothing to learn is left after truncation" in caplog.text
@@ -201,6 +208,20 @@ def test_rows_without_a_token_to_learn_are_named(read):
         read([{"messages": TURNS}, {"messages": TURNS[:2]}])
     with pytest.raises(DataError, match=r"1 of 1 rows have no token to learn(.|\n)*rows.jsonl:1"):
         read.pair("1", "")
+
+
+def test_a_token_that_a_new_policy_has_not_is_an_error(folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "!"}\n{"text": "a 199"}\n')
+    policy = {"init": {"vocab_size": 60}, "tokenizer": str(folder)}
+    config = SftConfig(policy=policy, data={"train": str(tmp_path / "rows.jsonl")}, rows_per_step=1)
+    with pytest.raises(DataError, match=r"rows.jsonl:1: token \d+, but the policy's vocabulary has 60 tokens"):
+        load_examples(config, load_sft_tokenizer(config))
+
+
+def test_the_first_kind_that_a_rows_columns_make_is_taken(read):
+    rows = [{"prompt": "1", "text": "2 3"}, {"prompt": "1", "completion": "2", "text": "3"}]
+    text, pair = read(rows, template="none")
+    assert read.learned(text) == ["2 3" + read.tokenizer.eos_token] and read.learned(pair)[0].startswith("2")
 
 
 def test_nothing_left_is_an_error(read):

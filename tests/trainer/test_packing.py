@@ -65,6 +65,16 @@ def test_loss_on_prompt_trains_every_token_but_the_first():
     assert batch.loss_mask.tolist() == [False, True, True]
 
 
+def test_learned_picks_tokens_of_the_completion():
+    turns = sample(2, 5, learned=[True, False, False, True, True])
+    (batch,) = pack([turns, sample(1, 1), sample(3, 3, learned=[False] * 3)], 100)
+    assert batch.sequence_ids.tolist() == [0, 1]  # nothing to learn: left out
+    assert batch.loss_mask.tolist() == [False, False, True, False, False, True, True, False, True]
+    assert (batch.total_tokens, batch.total_sequences) == (4, 2)
+    (batch,) = pack([Sample([], [7, 8, 9], learned=[True, False, True])], 100)  # the first has nothing before it
+    assert batch.loss_mask.tolist() == [False, False, True]
+
+
 def test_routed_experts_keep_their_rows_and_the_router_chooses_for_the_rest():
     experts = np.arange(7 * 2 * 3).reshape(7, 2, 3).astype(np.int16)
     (batch,) = pack([sample(2, 1), sample(3, 4, routed_experts=experts)], 100)
@@ -80,13 +90,16 @@ def test_equal_lists_pack_equally():
 
 def test_all_samples_that_cannot_be_packed_are_named_at_once():
     bad = [sample(20, 20), sample(), sample(behaviour_logprobs=[0.0])]
-    bad += [sample(versions=[(0, 3)]), sample(advantage=[1.0])]
+    bad += [sample(routed_experts=np.zeros((7, 2, 3))), sample(routed_experts=np.zeros((7, 1, 3)))]
+    bad += [sample(versions=[(0, 3)]), sample(advantage=[1.0]), sample(learned=[True])]
     with pytest.raises(ValueError) as error:
         pack(bad, 32)
     message = str(error.value)
     assert "sample 0 has 40 tokens (20 prompt + 20 completion), more than the 32" in message
     assert "sample 2: behaviour_logprobs has 1 values for 4" in message
-    assert "sample 3: versions count 3" in message and "sample 4: advantage has 1" in message
+    assert "sample 4: routed_experts has layers and experts [1, 3], others [2, 3]" in message
+    assert "sample 5: versions count 3" in message and "sample 6: advantage has 1" in message
+    assert "sample 7: learned has 1 values for 4" in message
     assert "sample 1" not in message
 
 
