@@ -97,7 +97,6 @@ class Ranks:
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=options.deadline_s),
-                device_id=device if device.type == "cuda" else None,
             )
         self.pp_rank, self.dp_rank = divmod(self.rank, options.dp)
         self.ep_rank = self.dp_rank % options.ep

@@ -1,7 +1,7 @@
 """Routed experts on several ranks: every token travels once to each rank that holds an expert of its choice.
 
 A token with six experts on two ranks is sent twice, not six times; its weights travel with it, and what comes back is
-each rank's weighted sum (DeepSeek-V3, arXiv 2412.19437, section 3.2.2, dispatches this way between nodes). The host
+each rank's sum (DeepSeek-V3, arXiv 2412.19437, section 3.2.2, dispatches this way between nodes). The host
 waits once a layer, for the split sizes; the shared expert runs meanwhile, and while tokens travel.
 """
 
@@ -15,9 +15,9 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from trainer.model.layers import swiglu
+from trainer.model.layers import has_kernels, swiglu
 from trainer.model.moe import Experts, MoE, Routing
-from trainer.parallel_rows import spread, weighted_sum
+from trainer.parallel_rows import spread_rows, sum_rows
 from trainer.precision.recipe import Recipe, grouped_matmul
 
 
@@ -45,21 +45,30 @@ class LocalExperts(nn.Module):
         `slots` of the entries are not -1 (known without asking the GPU)."""
         if slots == 0:
             # No row, and still a gradient (of zeros): the ranks that share these weights wait for one.
-            return rows * (self.w13.flatten()[0] + self.w2.flatten()[0])
+            return rows * (self.w13.flatten()[0] + self.w2.flatten()[0])  # weights: see _AllToAll
         k, count = experts.shape[1], len(self.w13)
-        flat = torch.where(experts < 0, count, experts).flatten()
-        # Rows by expert, those of other ranks last: slot s is choice s % k of row s // k.
-        order = flat.argsort(stable=True)[:slots]
-        load = torch.zeros(count + 1, dtype=torch.int32, device=flat.device)
-        load.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int32))
+        # Rows by expert, those of other ranks last: slot s is choice s % k of row s // k. Narrow keys sort faster.
+        keys = torch.where(experts < 0, count, experts).flatten()
+        narrow = keys.to(torch.uint8 if count < 2**8 else torch.int16 if count < 2**15 else torch.int32)
+        order = narrow.argsort(stable=True)[:slots]
+        load = torch.zeros(count + 1, dtype=torch.int32, device=keys.device)
+        load.scatter_add_(0, keys, torch.ones_like(keys, dtype=torch.int32))
         offsets = load[:count].cumsum(0).to(torch.int32)
-        place = torch.full_like(flat, -1, dtype=torch.int32)
-        place[order] = torch.arange(slots, dtype=torch.int32, device=flat.device)
-        place = place.view_as(experts)
-        x = spread(rows, order // k, place)
-        x = swiglu(grouped_matmul(x, self.w13, offsets, self.recipe))
-        x = grouped_matmul(x, self.w2, offsets, self.recipe)
-        return weighted_sum(x, weights, order, place)
+        table = torch.full_like(keys, -1, dtype=torch.int32)
+        table[order] = torch.arange(slots, dtype=torch.int32, device=keys.device)
+        table, source = table.view_as(experts), order // k
+        x = grouped_matmul(spread_rows(rows, source, table), self.w13, offsets, self.recipe)
+        x = _weighted_swiglu(x, weights.flatten().index_select(0, order))
+        return sum_rows(grouped_matmul(x, self.w2, offsets, self.recipe), source, table)
+
+
+def _weighted_swiglu(gate_up: Float[Tensor, "slots two_wide"], weights: Float[Tensor, " slots"]) -> Tensor:
+    """weight · silu(gate) · up: the weight could as well come behind the next product."""
+    if has_kernels(gate_up):
+        from trainer.model import gpu_moe
+
+        return gpu_moe.weighted_swiglu(gate_up, weights)
+    return swiglu(gate_up) * weights[:, None].to(gate_up.dtype)
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,14 @@ class ExpertExchange:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(
-        self, moe: MoE, x: Float[Tensor, "n hidden"], routing: Routing
+        self,
+        moe: MoE,
+        x: Float[Tensor, "n hidden"],
+        routing: Routing,
+        residual: Float[Tensor, "n hidden"] | None = None,
     ) -> Float[Tensor, "n hidden"]:
+        """Σ weight · expert(x) + shared(x) + residual."""
+        x = x if routing.x is None else routing.x
         with self._beside():
             chosen = self._chosen(routing.experts)
             counts = self._exchange_counts(chosen)
@@ -103,17 +118,15 @@ class ExpertExchange:
             tokens, owners = source % len(x), source // len(x)
             experts = routing.experts.index_select(0, tokens) - owners[:, None] * self.per_rank
             experts = torch.where((experts < 0) | (experts >= self.per_rank), -1, experts)
-            rows = spread(x, tokens, place)
+            rows = spread_rows(x, tokens, place)
             weights = routing.weights.index_select(0, tokens)
             splits = (sizes.sent, sizes.received)
-            rows = _AllToAll.apply(rows, *splits, self.group)
-            weights = _AllToAll.apply(weights, *splits, self.group)
+            rows, weights = _AllToAll.apply(*splits, self.group, rows, weights)
             experts = _all_to_all(experts, *splits, self.group)
-        self._join(rows, weights, experts)
+        self._join(rows, weights, experts, tokens, place)
         rows = moe.experts(rows, experts, weights, sizes.slots)
-        rows = _AllToAll.apply(rows, sizes.received, sizes.sent, self.group)
-        y = weighted_sum(rows, None, tokens, place)
-        return y if shared is None else y + shared
+        (rows,) = _AllToAll.apply(sizes.received, sizes.sent, self.group, rows)
+        return sum_rows(rows, tokens, place, *(term for term in (shared, residual) if term is not None))
 
     def _chosen(self, experts: Int[Tensor, "n k"]) -> Int[Tensor, "n ranks"]:
         """How many of a token's experts every rank holds."""
@@ -188,13 +201,15 @@ def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.Pro
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to the ranks of a group, `sent[r]` of them to rank r; the gradient takes the way back."""
+    """Rows to the ranks of a group, `sent[r]` of them to rank r; the gradients take the way back, together and all of
+    them on every rank, zeros where a rank's loss does not depend on one: nobody waits for a gradient that does not
+    come."""
 
     @staticmethod
-    def forward(ctx, x, sent, received, group):
+    def forward(ctx, sent, received, group, *tensors):
         ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(x, sent, received, group)
+        return tuple(_all_to_all(x, sent, received, group) for x in tensors)
 
     @staticmethod
-    def backward(ctx, grad):
-        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+    def backward(ctx, *grads):
+        return None, None, None, *(_all_to_all(grad, ctx.received, ctx.sent, ctx.group) for grad in grads)

@@ -88,6 +88,8 @@ def shard_model(model: V3Model, ranks: Ranks, dtype: torch.dtype, trained: bool 
             if parameter is not None:
                 parameter.data = parameter.data.float()
     fully_shard(model, reshard_after_forward=False, ignored_params=own or None, **common)
+    model.register_forward_pre_hook(_hide_bounds, prepend=True)
+    model.register_forward_pre_hook(_show_bounds)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The sum over ranks: a loss has the whole step's denominators.
@@ -96,6 +98,23 @@ def shard_model(model: V3Model, ranks: Ranks, dtype: torch.dtype, trained: bool 
     # Said, because the host, which waits for the experts' counts, is never far ahead of the GPU.
     for before, after in zip([model, *blocks], blocks, strict=False):
         before.set_modules_to_forward_prefetch([after, *_sharded_experts(after)])
+
+
+class _Bounds:
+    """The documents' bounds on their way past FSDP, which would move them to the GPU: they are read on the CPU."""
+
+    def __init__(self, bounds: Tensor) -> None:
+        self.bounds = bounds
+
+
+def _hide_bounds(_, args: tuple) -> tuple:
+    tokens, positions, bounds, *rest = args
+    return tokens, positions, _Bounds(bounds), *rest
+
+
+def _show_bounds(_, args: tuple) -> tuple:
+    tokens, positions, hidden, *rest = args
+    return tokens, positions, hidden.bounds, *rest
 
 
 def _is_meta(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Kernels of trainer.parallel_rows: one read of every row, sums in float32."""
+"""The kernel of trainer.parallel_rows: one read of every row, sums in float32."""
 
 from __future__ import annotations
 
@@ -10,64 +10,35 @@ from torch import Tensor
 
 
 @triton.jit
-def _sum_rows(rows, weights, table, out, hidden, width: tl.constexpr, weighted: tl.constexpr, block: tl.constexpr):
+def _sum_rows(
+    rows, table, first, second, out, hidden, WIDTH: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     entry = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * block + tl.arange(0, block)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < hidden
-    total = tl.zeros((block,), dtype=tl.float32)
-    for j in range(width):
-        row = tl.load(table + entry * width + j).to(tl.int64)
-        if row >= 0:
-            value = tl.load(rows + row * hidden + columns, mask=inside, other=0.0).to(tl.float32)
-            if weighted:
-                value *= tl.load(weights + entry * width + j).to(tl.float32)
-            total += value
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in range(WIDTH):
+        row = tl.load(table + entry * WIDTH + j).to(tl.int64)
+        reach = tl.where(row >= 0, hidden, 0)  # a row that is not there is not read
+        total += tl.load(rows + row * hidden + columns, mask=columns < reach, other=0.0).to(tl.float32)
+    if ADDED > 0:
+        total += tl.load(first + entry * hidden + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADDED > 1:
+        total += tl.load(second + entry * hidden + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + entry * hidden + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _back_rows(rows, weights, grad, source, d_rows, d_weights, hidden, block: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    entry = tl.load(source + row).to(tl.int64)
-    weight = tl.load(weights + row).to(tl.float32)
-    product = tl.zeros((block,), dtype=tl.float32)
-    for start in range(0, hidden, block):
-        columns = start + tl.arange(0, block)
-        inside = columns < hidden
-        g = tl.load(grad + entry * hidden + columns, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(rows + row * hidden + columns, mask=inside, other=0.0).to(tl.float32)
-        product += g * value
-        tl.store(d_rows + row * hidden + columns, (g * weight).to(d_rows.dtype.element_ty), mask=inside)
-    tl.store(d_weights + row, tl.sum(product, axis=0))
-
-
 def sum_rows(
-    rows: Float[Tensor, "rows hidden"], weights: Float[Tensor, "count width"] | None, table: Int[Tensor, "count width"]
+    rows: Float[Tensor, "rows hidden"], table: Int[Tensor, "count width"], *added: Float[Tensor, "count hidden"]
 ) -> Float[Tensor, "count hidden"]:
-    """See trainer.parallel_rows.sum_rows. All tensors contiguous."""
-    out = rows.new_empty(len(table), rows.shape[1])
-    if not len(table):
-        return out
+    """See trainer.parallel_rows.sum_rows; `rows` and `table` contiguous."""
     hidden = rows.shape[1]
-    block = min(1024, triton.next_power_of_2(hidden))
-    grid = (len(table), triton.cdiv(hidden, block))
-    given = rows if weights is None else weights.contiguous()
-    _sum_rows[grid](
-        rows, given, table.contiguous(), out, hidden, table.shape[1], weights is not None, block, num_warps=4
-    )
+    out = torch.empty(len(table), hidden, dtype=rows.dtype, device=rows.device)
+    if len(table):
+        block = min(triton.next_power_of_2(hidden), 2048)
+        terms = [term.contiguous() for term in added] + [out, out]
+        _sum_rows[(len(table), triton.cdiv(hidden, block))](
+            rows, table, terms[0], terms[1], out, hidden, WIDTH=table.shape[1], ADDED=len(added), BLOCK=block,
+            num_warps=min(max(block // 512, 1), 4),
+        )  # fmt: skip
     return out
-
-
-def back_rows(
-    rows: Float[Tensor, "rows hidden"],
-    weights: Float[Tensor, " rows"],
-    grad: Float[Tensor, "count hidden"],
-    source: Int[Tensor, " rows"],
-) -> tuple[Float[Tensor, "rows hidden"], Float[Tensor, " rows"]]:
-    """See trainer.parallel_rows.back_rows. All tensors contiguous."""
-    d_rows = torch.empty_like(rows)
-    d_weights = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    if len(rows):
-        block = min(1024, triton.next_power_of_2(rows.shape[1]))
-        _back_rows[(len(rows),)](rows, weights, grad, source, d_rows, d_weights, rows.shape[1], block, num_warps=4)
-    return d_rows, d_weights

@@ -57,6 +57,8 @@ class Trainer:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         parallel = parallel or ParallelOptions()
+        if parallel.pp > 1:
+            raise ValueError(f"pp is {parallel.pp}: a Trainer has whole models; stages run through parallel_pipeline")
         self.device = _device(device, parallel, rendezvous)
         self.loss = loss
         torch.manual_seed(seed)

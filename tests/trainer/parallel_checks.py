@@ -2,6 +2,7 @@
 come apart. Imported by the spawned processes, so it stands in a file of its own."""
 
 import json
+import socket
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from trainer.policy import PolicyOptions
 from trainer.worker import Trainer
 
 V3 = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1,
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1, "max_position_embeddings": 64, "initializer_range": 0.1,
 }  # fmt: skip
 OPTIONS = {"dp": {"dp": 2}, "ep": {"dp": 2, "ep": 2}}
@@ -30,8 +31,8 @@ RL = LossOptions(kl_coef=0.01, clip_low=0.2, clip_high=0.2, aggregation="token")
 class Pair:
     """One rank of two."""
 
-    def __init__(self, kind: str, rank: int, address: str, folder: Path):
-        self.kind, self.rank, self.address, self.folder = kind, rank, address, folder
+    def __init__(self, kind: str, rank: int, address: str, folder: Path, device: str):
+        self.kind, self.rank, self.address, self.folder, self.device = kind, rank, address, folder, device
 
     def trainer(self, parallel: dict | None, dtype="float32", frozen=True, path=None, loss=RL, **optimizer) -> Trainer:
         """A trainer of this rank alone, or of both. Without momentum the first moment is the gradient, unclipped."""
@@ -39,7 +40,7 @@ class Pair:
         source = {"init": V3} if path is None else {"path": str(path)}
         return Trainer(
             PolicyOptions(**source, dtype=dtype, freeze_router_bias=frozen), OptimizerOptions(**optimizer), loss,
-            seed=5, device="cpu", parallel=ParallelOptions(**(parallel or {}), deadline_s=60),
+            seed=5, device=self.device, parallel=ParallelOptions(**(parallel or {}), deadline_s=600),
             rendezvous=Rendezvous(self.rank, self.address),
         )  # fmt: skip
 
@@ -228,13 +229,22 @@ CHECKS = {
 }  # fmt: skip
 
 
-def rank_main(rank: int, kind: str, address: str, folder: str) -> None:
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def rank_main(rank: int, kind: str, address: str, folder: str, device: str = "cpu") -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://{address}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    pair = Pair(kind, rank, address, Path(folder))
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=2,
+        timeout=timedelta(seconds=600),
+    )  # fmt: skip
+    pair = Pair(kind, rank, address, Path(folder), device)
     found = {}
     for name, check in CHECKS.items():
         values = check(pair)

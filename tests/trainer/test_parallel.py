@@ -5,7 +5,6 @@ Two processes over gloo on loopback, float32 unless said. All checks of one kind
 """
 
 import json
-import socket
 import sys
 from pathlib import Path
 
@@ -14,21 +13,15 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parallel_checks import OPTIONS, rank_main
+from parallel_checks import OPTIONS, free_address, rank_main
 
 SUMS = 1e-5  # float32 sums of numbers up to 1 in another order
-
-
-def _address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 @pytest.fixture(scope="module", params=list(OPTIONS))
 def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    processes = mp.spawn(rank_main, (request.param, _address(), str(folder)), nprocs=2, join=False)
+    processes = mp.spawn(rank_main, (request.param, free_address(), str(folder)), nprocs=2, join=False)
     while not processes.join(timeout=300):  # raises what a rank raised
         pass
     return json.loads((folder / f"{request.param}.json").read_text())
