@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from trainer.transfer import send
+
 
 @dataclass
 class Batch:
@@ -40,4 +42,4 @@ class Batch:
         """The document every token belongs to."""
         lengths = self.bounds.diff()  # the bounds may have stayed on the CPU, see trainer.packing.to_device
         ids = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        return ids.to(self.tokens.device)
+        return send(ids, self.tokens.device)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
-from trainer.readback import Readback
+from trainer.transfer import Readback
 
 
 class OptimizerOptions(BaseModel):

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from trainer.batch import Batch
+from trainer.transfer import send
 
 
 @dataclass
@@ -139,7 +140,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if batch.tokens.device == device:
         return batch
     moved = {
-        field.name: value.to(device, non_blocking=True)
+        field.name: send(value, device)
         for field in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, field.name), torch.Tensor) and field.name != "bounds"
     }

@@ -22,6 +22,7 @@ from trainer.model import hf
 from trainer.model.config import V3Config
 from trainer.model.v3 import BalanceOf, V3Model
 from trainer.packing import to_device
+from trainer.transfer import send
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -221,7 +222,7 @@ class Policy(ABC):
             )
         inside = batch.positions >= ahead
         targets = (inside if every_token else batch.loss_mask & inside).nonzero()[:, 0]
-        return targets.to(self.device, non_blocking=True)
+        return send(targets, self.device)
 
     def _check_routing(self, batch: Batch) -> None:
         """Raises ValueError for routed experts that the policy has not: on a GPU they would be memory faults. Only

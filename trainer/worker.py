@@ -29,7 +29,7 @@ from trainer.parallel import ParallelOptions, Ranks, Rendezvous, Share
 from trainer.parallel_checkpoint import SHARDS, WHOLE, load_shards, read_shards, save_shards
 from trainer.parallel_policy import ShardedV3Policy, load_sharded_policy
 from trainer.policy import Policy, PolicyOptions, load_policy
-from trainer.readback import Readback
+from trainer.transfer import Readback
 
 SCORE_TOKENS = 16_384  # packed at a time when sequences are scored
 
@@ -182,8 +182,8 @@ class Trainer:
                 raise ValueError("there is no reference model: it is made where loss.kl_coef > 0")
             policy = self.reference
         shares = self.ranks.share(batches)
-        values = [self._logprobs(policy, share.batch).cpu() for share in shares]
-        return self.ranks.collect(shares, values, len(batches))
+        values = [Readback(self._logprobs(policy, share.batch)) for share in shares]  # the GPU never runs dry
+        return self.ranks.collect(shares, [value.tensor() for value in values], len(batches))
 
     def _all_logprobs(
         self, policy: Policy, shares: Sequence[Share], minibatches: Sequence[Sequence[Batch]]

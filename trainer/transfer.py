@@ -1,4 +1,4 @@
-"""Figures on their way from a GPU, so that reading a loss does not mean waiting for the optimizer."""
+"""Between CPU and GPU without waiting: neither for what was issued before, nor for what is issued after."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import torch
 from torch import Tensor
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. From ordinary memory a copy of more than 64 KB waits until the GPU has done all it was
+    given before, so it goes through page-locked memory."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Readback:
     """A copy of `values` for the CPU, begun now, in the order of the device's current stream. `tensor()` waits until it
-    is there and for nothing that was issued since. On a CPU it is a plain copy."""
+    is there and for nothing that was issued since, so reading a loss need not mean waiting for the optimizer. On a CPU
+    it is a plain copy."""
 
     def __init__(self, values: Tensor):
         values = values.detach()
