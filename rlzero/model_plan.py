@@ -393,6 +393,8 @@ def describe_model(config: ModelConfig, plan: ModelPlan) -> list[str]:
         f"           kernels at measured rates (rlzero/rates.py): {shares}. Assumed: they take {place.efficiency:.0%} "
         f"of the time, the rest is communication, norms, routers, optimizer. Pipeline bubble: {plan.bubble:.0%}"
     )
+    if config.policy.recipe == "fp8" and plan.kernel_s["grouped"]:
+        lines.append("           Experts are counted at DeepGEMM's FP8 rates; this trainer's fp8 has them in BF16 so far")
     return lines
 
 

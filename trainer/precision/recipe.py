@@ -6,6 +6,8 @@ Embedding, head, router, norms and the attention itself stay outside, as in Deep
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trainer.precision import emulated
+from trainer.precision import emulated, fp8
+
+log = logging.getLogger(__name__)
 
 Recipe = Literal["bf16", "fp8", "fp8_emulated"]
 
@@ -23,14 +27,17 @@ def check_recipe(recipe: str) -> None:
     if recipe not in get_args(Recipe):
         raise ValueError(f"found recipe {recipe!r}, expected one of {', '.join(get_args(Recipe))}")
     if recipe == "fp8":
-        found = "no CUDA device"
-        if torch.cuda.is_available():
-            major, minor = torch.cuda.get_device_capability()
-            found = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
-        raise RuntimeError(
-            f"recipe 'fp8' needs a Hopper GPU and fast kernels, which this release does not have yet; found {found}. "
-            "Use 'bf16', or 'fp8_emulated' for the same rounding in float32 arithmetic (slow)"
-        )
+        if found := fp8.missing():
+            raise RuntimeError(
+                f"recipe 'fp8' needs a Hopper GPU and torch's block-scaled products; found {found}. "
+                "Use 'bf16', or 'fp8_emulated' for the same rounding in float32 arithmetic (slow)"
+            )
+        _say_what_stays_bf16()
+
+
+@functools.cache
+def _say_what_stays_bf16() -> None:
+    log.warning("recipe 'fp8': every Linear computes in FP8, the routed experts' grouped products in BF16 (torch)")
 
 
 def matmul(x: Float[Tensor, "*n inner"], w: Float[Tensor, "outer inner"], recipe: Recipe) -> Float[Tensor, "*n outer"]:
@@ -39,8 +46,9 @@ def matmul(x: Float[Tensor, "*n inner"], w: Float[Tensor, "outer inner"], recipe
         return F.linear(x, w)
     if recipe == "fp8_emulated":
         return emulated.matmul(x.flatten(0, -2), w).unflatten(0, x.shape[:-1])
-    check_recipe(recipe)
-    raise AssertionError(recipe)
+    if recipe == "fp8":
+        return fp8.matmul(x.flatten(0, -2), w).unflatten(0, x.shape[:-1])
+    raise ValueError(f"found recipe {recipe!r}, expected one of {', '.join(get_args(Recipe))}")
 
 
 def grouped_matmul(
@@ -50,10 +58,10 @@ def grouped_matmul(
     recipe: Recipe,
 ) -> Float[Tensor, "rows outer"]:
     """Row r times the transposed weight of the expert whose rows end after r: expert e owns the rows
-    [offsets[e - 1], offsets[e]); offsets are int32."""
-    if recipe == "bf16":
+    [offsets[e - 1], offsets[e]); offsets are int32. `fp8` computes these in BF16: torch has no block-scaled grouped
+    product on Hopper."""
+    if recipe in ("bf16", "fp8"):
         return torch._grouped_mm(x, w.transpose(1, 2), offs=offsets)
     if recipe == "fp8_emulated":
         return emulated.grouped_matmul(x, w, offsets)
-    check_recipe(recipe)
-    raise AssertionError(recipe)
+    raise ValueError(f"found recipe {recipe!r}, expected one of {', '.join(get_args(Recipe))}")
