@@ -168,7 +168,9 @@ class V3Decoder:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         cache: Literal["auto", "latent", "expanded"] = "auto",
+        keep_routing: bool = False,
     ):
+        """`keep_routing`: every row remembers the experts its tokens were sent to, see `routing`."""
         c = self.config = config
         self.vocab_size, self.max_positions = c.vocab_size, c.max_position_embeddings
         self.dtype, self.device = dtype, device
@@ -176,6 +178,8 @@ class V3Decoder:
         self.scale = softmax_scale(c)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._routed: list[Tensor] = []  # of [rows, 1, context, moe_layers, k], where routing is kept
+        self._chosen: list[Tensor] | None = [] if keep_routing else None  # [n, k] of each layer of the pass that runs
         self._raw: dict[str, Tensor] = {}
         self._layers: list[_Layer] = []
 
@@ -203,23 +207,40 @@ class V3Decoder:
         else:
             self._keys = self._grow(self._keys, (rows, heads, context, c.qk_nope_head_dim + c.qk_rope_head_dim))
             self._values = self._grow(self._values, (rows, heads, context, c.v_head_dim))
+        if self._chosen is not None:
+            shape = (rows, 1, context, c.moe_layers, c.num_experts_per_tok)
+            self._routed = self._grow(self._routed, shape, 1, torch.int16)
 
-    def _grow(self, caches: list[Tensor], shape: tuple[int, ...]) -> list[Tensor]:
+    def _grow(
+        self, caches: list[Tensor], shape: tuple[int, ...], count: int | None = None, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
         grown = []
-        for i in range(self.config.num_hidden_layers):
-            grown.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
+        for i in range(self.config.num_hidden_layers if count is None else count):
+            grown.append(torch.zeros(shape, dtype=dtype or self.dtype, device=self.device))
             if caches:
                 old, caches[i] = caches[i], caches[i].new_empty(0)  # freed layer by layer
                 grown[i][: old.shape[0], :, : old.shape[2]] = old
         return grown
 
     def release(self) -> None:
-        self._keys, self._values, self._raw, self._layers = [], [], {}, []
+        self._keys, self._values, self._routed, self._raw, self._layers = [], [], [], {}, []
         self._embedding = self._head = self._norm = None
 
     def move(self, source: int, target: int) -> None:
-        for cache in self._keys + self._values:
+        for cache in self._keys + self._values + self._routed:
             cache[target] = cache[source]
+
+    def routing(self, row: int, tokens: int) -> Int[np.ndarray, "tokens moe_layers k"]:
+        """The experts that the first `tokens` tokens of a row went to, int16, as the pass that read each chose them."""
+        return self._routed[0][row, 0, :tokens].cpu().numpy()
+
+    def _take_routing(self) -> Int[Tensor, "n moe_layers k"] | None:
+        """What the layers of the pass that just ran chose."""
+        if not self._chosen:
+            return None
+        taken = torch.stack(self._chosen, dim=1).to(torch.int16)
+        self._chosen.clear()
+        return taken
 
     # the model
 
@@ -246,6 +267,8 @@ class V3Decoder:
         for i, layer in enumerate(self._layers):
             x = x + F.linear(attend(i, layer, self._norm_rows(x, layer.norm1), cos, sin, at, visible), layer.o)
             x = x + self._mlp(layer, self._norm_rows(x, layer.norm2))
+        if (routed := self._take_routing()) is not None:
+            self._routed[0][torch.arange(len(at), device=self.device), 0, at] = routed
         return self._logits(x)
 
     def _norm_rows(self, x: Tensor, weight: Tensor, eps: float | None = None) -> Tensor:
@@ -302,6 +325,9 @@ class V3Decoder:
                 self._keys[i][target, 0, :longest] = pad(torch.cat([latent, key], dim=-1))[source]
             elif rows is not None:
                 self._keys[i][target, :, :longest], self._values[i][target, :, :longest] = k[source], v[source]
+        routed = self._take_routing()
+        if rows is not None and routed is not None:
+            self._routed[0][target, 0, :longest] = pad(routed)[source]
         return x
 
     def _decode_expanded(
@@ -336,6 +362,8 @@ class V3Decoder:
         if not layer.moe:
             return out
         weights, chosen = route(x, layer.router, layer.bias, self.config)
+        if self._chosen is not None:
+            self._chosen.append(chosen)
         order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs, sorted by expert
         token = order // chosen.shape[1]
         counts = chosen.flatten().bincount(minlength=self.config.n_routed_experts).tolist()

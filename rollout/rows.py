@@ -21,6 +21,7 @@ class Running:
     stop: StopFinder | None
     versions: list[tuple[int, int]]  # those of the first `counted` tokens
     counted: int
+    read: bool = False  # its context has gone through the model
 
 
 class Rows:

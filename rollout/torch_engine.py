@@ -40,6 +40,7 @@ def build_decoder(
     device: str,
     cache: Literal["auto", "latent", "expanded"],
     kernels: Literal["auto", "native", "torch"],
+    keep_routing: bool = False,
 ) -> Decoder:
     """The decoder for a Hugging Face folder, with its weights loaded."""
     config_file = Path(path) / "config.json"
@@ -53,19 +54,25 @@ def build_decoder(
 
         config = V3Config.load(path)
         expanded = cache == "expanded" or (cache == "auto" and not latent_is_smaller(config))
-        fits = expanded and device == "cpu" and dtype == torch.float32
+        fits = expanded and device == "cpu" and dtype == torch.float32 and not keep_routing
         if kernels == "native" and not fits:
             raise ValueError(
-                f"native kernels compute float32 on a CPU with an expanded cache, asked for were {dtype} on {device} "
-                f"with cache {cache!r}: choose kernels='torch' or 'auto'"
+                "native kernels compute float32 on a CPU with an expanded cache and return no routing, asked for were "
+                f"{dtype} on {device} with cache {cache!r}, routing {keep_routing}: choose kernels='torch' or 'auto'"
             )
         native = kernels != "torch" and fits
-        decoder = NativeDecoder(config) if native else V3Decoder(config, dtype=dtype, device=device, cache=cache)
+        decoder: Decoder = (
+            NativeDecoder(config)
+            if native
+            else V3Decoder(config, dtype=dtype, device=device, cache=cache, keep_routing=keep_routing)
+        )
         log.info("%s: V3 decoding with %s kernels, %s cache", path, *_names(native, expanded))
         decoder.load(read_folder(path))
         return decoder
     if kernels == "native":
         raise ValueError(f"native kernels decode DeepSeek-V3 models only, {path} is another one: leave kernels='auto'")
+    if keep_routing:
+        raise ValueError(f"routing is returned of DeepSeek-V3 models only, {path} is another one")
     from rollout.decode_hf import TransformersDecoder
 
     return TransformersDecoder(path, dtype=dtype, device=device)
@@ -92,6 +99,8 @@ class TorchEngine:
     prompt plus completion; memory for caches is taken as the submitted requests need it. `cache` chooses what V3
     attention keeps (see rollout.decode_v3); `kernels="auto"` computes float32 V3 models with an expanded cache on a CPU
     with the C++ of rollout.native, everything else with torch. `threads` sets torch's for the whole process.
+    `return_routed_experts` gives every ended rollout the experts of its tokens, -1 for the last, which no pass reads;
+    an interrupted one has none: its continuation returns those of all tokens.
     """
 
     def __init__(
@@ -106,13 +115,20 @@ class TorchEngine:
         version: int = 0,
         cache: Literal["auto", "latent", "expanded"] = "auto",
         kernels: Literal["auto", "native", "torch"] = "auto",
+        return_routed_experts: bool = False,
     ):
         if threads is not None:
             torch.set_num_threads(threads)
         self.version = version
         self.decoder = build_decoder(
-            path, dtype=getattr(torch, dtype), device=device, cache=cache, kernels=kernels
+            path,
+            dtype=getattr(torch, dtype),
+            device=device,
+            cache=cache,
+            kernels=kernels,
+            keep_routing=return_routed_experts,
         )
+        self.return_routed_experts = return_routed_experts
         self.max_batch = max_batch
         self.max_context = min(max_context or self.decoder.max_positions, self.decoder.max_positions)
         self.end_tokens = end_tokens(path)
@@ -335,6 +351,8 @@ class TorchEngine:
         for chunk in _chunks([c for c, _ in contexts], _PREFILL_TOKENS):
             rows = [rows for _, rows in contexts[start : start + len(chunk)]]
             results.append((self.decoder.prefill(chunk, rows), rows))
+            for row in (row for group in rows for row in group):
+                self._rows.running[row].read = True
             start += len(chunk)
         return results
 
@@ -361,6 +379,10 @@ class TorchEngine:
 
     def _rollout(self, row: int, reason: FinishReason) -> Rollout:
         running, tokens = self._rows.running[row], self._rows.completion(row).tolist()
+        routed = None
+        if self.return_routed_experts and running.read and reason != "interrupted":
+            read = self.decoder.routing(row, len(running.request.prompt_tokens) + len(tokens) - 1)
+            routed = np.pad(read, ((0, 1), (0, 0), (0, 0)), constant_values=-1)
         return Rollout(
             prompt_id=running.request.prompt_id,
             sample=running.request.sample,
@@ -370,6 +392,7 @@ class TorchEngine:
             versions=running.versions,
             finish_reason=reason,
             text=self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer else "",
+            routed_experts=routed,
         )
 
 
