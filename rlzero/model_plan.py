@@ -394,7 +394,7 @@ def describe_model(config: ModelConfig, plan: ModelPlan) -> list[str]:
         f"of the time, the rest is communication, norms, routers, optimizer. Pipeline bubble: {plan.bubble:.0%}"
     )
     if config.policy.recipe == "fp8" and plan.kernel_s["grouped"]:
-        lines.append("           Experts are counted at DeepGEMM's FP8 rates; this trainer's fp8 has them in BF16 so far")
+        lines.append("           Experts count at DeepGEMM's FP8 rates; this trainer's fp8 has them in BF16 so far")
     return lines
 
 

@@ -15,7 +15,7 @@ from trainer.model.rope import softmax_scale
 from trainer.precision.recipe import Recipe
 
 # DeepSeek's code and transformers fix the epsilon of the two latent norms; vLLM takes `rms_norm_eps`. They are the
-# same in every published V3 model.
+# same in DeepSeek's models. Moonlight's `rms_norm_eps` is 1e-5: there vLLM differs from its published code.
 LATENT_NORM_EPS = 1e-6
 
 
