@@ -166,9 +166,10 @@ class Optimizer:
         if not math.isfinite(value):
             bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             self.zero_grad()
+            elsewhere = "on another rank" if any(self._groups.values()) else "none (the sum overflows)"
             raise GradientError(
                 f"optimizer step {self.steps}: the gradient's norm is {value}; not finite in {len(bad)} of "
-                f"{len(self.parameters)} tensors, the first: {bad[0] if bad else 'none (the sum overflows)'}. Nothing "
+                f"{len(self.parameters)} tensors, the first: {bad[0] if bad else elsewhere}. Nothing "
                 "was updated; lower the learning rate or look for log-probabilities of -inf in the batch"
             )
         for name in gradients:
@@ -185,14 +186,15 @@ class Optimizer:
         if not any(self._groups.values()):
             return torch.linalg.vector_norm(torch.stack(list(norms.values())))
         # one sum for every set of groups, in the same order on every rank, whatever had a gradient here
-        device = _local(next(iter(self.parameters.values()))).device
-        squares = {groups: torch.zeros((), device=device) for groups in self._groups.values()}
-        for name, value in norms.items():
-            squares[self._groups[name]] += value.square()
-        for groups, total in squares.items():
+        nothing = torch.zeros((), device=_local(next(iter(self.parameters.values()))).device)
+        total = nothing
+        for groups in dict.fromkeys(self._groups.values()):
+            found = [value for name, value in norms.items() if self._groups[name] == groups]
+            squares = torch.stack([nothing, *found]).square().sum()
             for group in groups:
-                dist.all_reduce(total, group=group)
-        return torch.stack(list(squares.values())).sum().sqrt()
+                dist.all_reduce(squares, group=group)
+            total = total + squares
+        return total.sqrt()
 
     # --- updates -----------------------------------------------------------------------------------------------------
 
