@@ -399,15 +399,14 @@ def kernels() -> None:
             )  # fmt: skip
     logits = torch.randn(n, e, device="cuda")
     bias = torch.zeros(e, device="cuda")
-    scores, chosen, weights = triton_route.decide(logits, bias, None, 4, 2, k, True, 2.5)
+    scores, chosen, weights, counts = triton_route.decide(logits, bias, None, 4, 2, k, True, 2.5)
     show("decide", lambda: triton_route.decide(logits, bias, None, 4, 2, k, True, 2.5), 8 * n * e)
     show(
         "decide backward",
         lambda: triton_route.decide_backward(scores, chosen, weights, None, True, 2.5, torch.bfloat16), 8 * n * e,
     )  # fmt: skip
-    show("order", lambda: triton_route.Order.of(chosen, weights, e), 8 * n * k)
-    show("load", lambda: triton_route.load_of(chosen, e), 8 * n * k)
-    order = triton_route.Order.of(chosen, weights, e)
+    show("order", lambda: triton_route.Order.of(chosen, weights, counts), 8 * n * k)
+    order = triton_route.Order.of(chosen, weights, counts)
     for block, warps in ((2048, 4), (2048, 8), (1024, 4), (512, 1)):
         triton_moe._columns = lambda size, block=block, warps=warps: {"BLOCK": block, "num_warps": warps}
         name = f"block {block}, {warps} warps"

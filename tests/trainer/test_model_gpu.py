@@ -215,6 +215,7 @@ def test_a_step_never_waits_for_the_device(lengths):
 
 def test_experts_give_the_same_bits_in_every_run():
     from trainer.model.gpu_moe import experts
+    from trainer.model.triton_route import Counts
 
     g = torch.Generator("cuda").manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=g, device="cuda").to(torch.bfloat16)  # noqa: E731
@@ -224,7 +225,7 @@ def test_experts_give_the_same_bits_in_every_run():
     results = []
     for _ in range(3):
         arrays = [t.clone().requires_grad_() for t in (x, weights, w13, w2)]
-        y = experts(arrays[0], arrays[1], chosen, arrays[2], arrays[3], None, None)
+        y = experts(arrays[0], arrays[1], chosen, Counts.of(chosen, 16), arrays[2], arrays[3], None, None)
         results.append([y, *torch.autograd.grad(y, arrays, dy)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -37,7 +37,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, kv, k_pe, turn, documents, scale, interleave, equal):
         ctx.v = kv.shape[2] - q.shape[2] + k_pe.shape[1]
-        q, k, v = queries_keys_values_(q, kv, k_pe.contiguous(), turn, interleave, None if equal else q.shape[2])
+        q, k, v = queries_keys_values_(q, kv, k_pe, turn, interleave, None if equal else q.shape[2])
         out, saved = (_equal_forward if equal else _mixed_forward)(q, k, v, documents, scale)
         ctx.save_for_backward(q, k, v, turn, *saved)
         ctx.documents, ctx.scale, ctx.interleave, ctx.equal = documents, scale, interleave, equal

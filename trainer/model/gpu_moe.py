@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainer.model.triton_moe import gather_sum, scatter_rows, swiglu_backward, swiglu_forward
-from trainer.model.triton_route import Order, decide, decide_backward
+from trainer.model.triton_route import Counts, Order, decide, decide_backward
 from trainer.precision.recipe import Recipe, grouped_matmul
 
 
@@ -31,25 +31,27 @@ def route(
     bias: Float[Tensor, " experts"],
     replay: Int[Tensor, "n k"] | None,
     *decision,
-) -> tuple[Float[Tensor, "n experts"], Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, "n hidden"]]:
-    """Scores and weights, which carry gradients, the chosen experts, and `x` again: what else uses `x` should use this
-    one, and the gradients of both uses are summed inside a product. `decision`: groups, kept groups, k, whether
-    weights add up to 1, their factor (see `triton_route.decide`)."""
-    return _Route.apply(x, weight, bias, replay, decision)
+) -> tuple[Float[Tensor, "n experts"], Float[Tensor, "n k"], Int[Tensor, "n k"], Counts, Float[Tensor, "n hidden"]]:
+    """Scores and weights, which carry gradients, the chosen experts, how they are spread, and `x` again: what else
+    uses `x` should use this one, and the gradients of both uses are summed inside a product. `decision`: groups, kept
+    groups, k, whether weights add up to 1, their factor (see `triton_route.decide`)."""
+    scores, weights, experts, load, ends, starts, x = _Route.apply(x, weight, bias, replay, decision)
+    return scores, weights, experts, Counts(load, ends, starts), x
 
 
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, replay, decision):
         ctx.set_materialize_grads(False)
-        scores, experts, weights = decide(product_float32(x, weight.T), bias, replay, *decision)
+        scores, experts, weights, counts = decide(product_float32(x, weight.T), bias, replay, *decision)
         ctx.save_for_backward(x, weight, scores, experts)
         ctx.decision = decision
-        ctx.mark_non_differentiable(experts)
-        return scores, weights, experts, x
+        integers = (experts, counts.load, counts.ends, counts.starts)
+        ctx.mark_non_differentiable(*integers)
+        return scores, weights, *integers, x
 
     @staticmethod
-    def backward(ctx, d_scores, d_weights, _, dx):
+    def backward(ctx, d_scores, d_weights, _experts, _load, _ends, _starts, dx):
         x, weight, scores, experts = ctx.saved_tensors
         if d_scores is None and d_weights is None:
             return dx, None, None, None, None
@@ -76,6 +78,7 @@ def experts(
     x: Float[Tensor, "n hidden"],
     weights: Float[Tensor, "n k"],
     chosen: Int[Tensor, "n k"],
+    counts: Counts,
     w13: Float[Tensor, "experts two_wide hidden"],
     w2: Float[Tensor, "experts hidden wide"],
     shared: tuple[Float[Tensor, "two_shared hidden"], Float[Tensor, "hidden shared"]] | None,
@@ -86,13 +89,13 @@ def experts(
     Kept for the backward pass: `x`, the first products' results, and with `keep_rows` the copies of the tokens by
     expert and the activations, which else are made again (n · k · (hidden + wide) numbers a layer against one pass over
     them)."""
-    return _Experts.apply(x, weights, chosen, w13, w2, *(shared or (None, None)), residual, keep_rows)
+    return _Experts.apply(x, weights, chosen, counts, w13, w2, *(shared or (None, None)), residual, keep_rows)
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, chosen, w13, w2, shared13, shared2, residual, keep_rows):
-        order = Order.of(chosen, weights, len(w13))
+    def forward(ctx, x, weights, chosen, counts, w13, w2, shared13, shared2, residual, keep_rows):
+        order = Order.of(chosen, weights, counts)
         added = [] if residual is None else [residual]
         shared_gate_up = None
         if shared13 is not None:
@@ -131,19 +134,20 @@ class _Experts(torch.autograd.Function):
         rows = scatter_rows(x, place) if rows is None else rows
         dw13 = torch._grouped_mm(d_gate_up.T, rows, offs=ends)
         d_weights = d_row_weights.index_select(0, place.flatten()).view_as(place)
-        return dx, d_weights, None, dw13, dw2, d_shared13, d_shared2, dy if ctx.residual else None, None
+        return dx, d_weights, None, None, dw13, dw2, d_shared13, d_shared2, dy if ctx.residual else None, None
 
 
 def experts_by_recipe(
     x: Float[Tensor, "n hidden"],
     weights: Float[Tensor, "n k"],
     chosen: Int[Tensor, "n k"],
+    counts: Counts,
     w13: Float[Tensor, "experts two_wide hidden"],
     w2: Float[Tensor, "experts hidden wide"],
     recipe: Recipe,
 ) -> Float[Tensor, "n hidden"]:
     """Σ weight · expert(x) with the products of any recipe."""
-    order = Order.of(chosen, weights.detach(), len(w13))
+    order = Order.of(chosen, weights.detach(), counts)
     gate_up = grouped_matmul(_Scatter.apply(x, order.place), w13, order.ends, recipe)
     row_weights = _RowWeights.apply(weights, order.row_weights, order.place)
     out = grouped_matmul(weighted_swiglu(gate_up, row_weights), w2, order.ends, recipe)

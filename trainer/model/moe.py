@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from trainer.model.config import V3Config
 from trainer.model.layers import SwiGLU, has_kernels, swiglu
 from trainer.precision.recipe import Recipe, grouped_matmul
 
+if TYPE_CHECKING:
+    from trainer.model.triton_route import Counts
+
 
 @dataclass
 class Routing:
@@ -22,7 +26,9 @@ class Routing:
     experts: Int[Tensor, "n k"]
     weights: Float[Tensor, "n k"]  # float32
     load: Int[Tensor, " experts"]  # tokens sent to each expert
-    x: Float[Tensor, "n hidden"] | None = None  # on a GPU the router's input again, see `gpu_moe.route`
+    # On a GPU, both for the layer's experts:
+    counts: Counts | None = None
+    x: Float[Tensor, "n hidden"] | None = None  # the router's input again, see `gpu_moe.route`; taken by `MoE`
 
 
 class Router(nn.Module):
@@ -66,17 +72,18 @@ class Router(nn.Module):
 
     def _on_gpu(self, x, replay) -> Routing:
         from trainer.model.gpu_moe import route
-        from trainer.model.triton_route import can_decide, load_of
+        from trainer.model.triton_route import Counts, can_decide
 
         c = self.config
         if can_decide(c.n_routed_experts, c.n_group):
-            scores, weights, experts, x = route(
+            scores, weights, experts, counts, x = route(
                 x, self.weight, self.bias, replay, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob,
                 c.routed_scaling_factor,
             )  # fmt: skip
         else:  # groups that are no power of two, which no published model has: fifteen operations instead of two
             scores, weights, experts = self._decide(x, replay)
-        return Routing(scores, experts, weights, load_of(experts, c.n_routed_experts), x)
+            counts = Counts.of(experts, c.n_routed_experts)
+        return Routing(scores, experts, weights, counts.load, counts, x)
 
 
 def select_experts(biased: Float[Tensor, "n experts"], n_group: int, topk_group: int, k: int) -> Int[Tensor, "n k"]:
@@ -125,9 +132,12 @@ class Experts(nn.Module):
         if self.recipe == "bf16" and x.dtype == self.w13.dtype == torch.bfloat16:
             weights = None if shared is None else (shared.w13.weight, shared.w2.weight)
             return gpu_moe.experts(
-                x, routing.weights, routing.experts, self.w13, self.w2, weights, residual, self.keep_rows
-            )
-        y = gpu_moe.experts_by_recipe(x, routing.weights, routing.experts, self.w13, self.w2, self.recipe)
+                x, routing.weights, routing.experts, routing.counts, self.w13, self.w2, weights, residual,
+                self.keep_rows,
+            )  # fmt: skip
+        y = gpu_moe.experts_by_recipe(
+            x, routing.weights, routing.experts, routing.counts, self.w13, self.w2, self.recipe
+        )
         y = y if shared is None else y + shared(x)
         return y if residual is None else residual + y
 
@@ -206,10 +216,11 @@ class MoE(nn.Module):
     ) -> tuple[Float[Tensor, "n hidden"], Routing]:
         """The layer's output, plus `residual` where it is given."""
         routing = self.router(x, replay)
-        if self.exchange is None:
-            return self.experts(x if routing.x is None else routing.x, routing, self.shared, residual), routing
-        y = self.exchange(self, x, routing)
-        return y if residual is None else residual + y, routing
+        if self.exchange is not None:
+            routing.x = None
+            return self.exchange(self, x, routing, residual), routing
+        x, routing.x = x if routing.x is None else routing.x, None  # a routing outlives the layer
+        return self.experts(x, routing, self.shared, residual), routing
 
 
 def sequence_balance(

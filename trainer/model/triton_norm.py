@@ -61,6 +61,93 @@ def _backward(
     tl.store(dw + first.to(tl.int64) * size + columns, sum_dw, mask=inside)
 
 
+@triton.jit
+def _latents(
+    x, q_weight, kv_weight, q, kv, inverse_rms, q_size, kv_size, x_stride, eps, HAS_Q: tl.constexpr,
+    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, KV_BLOCK)
+    inside = column < kv_size
+    value = tl.load(x + row * x_stride + q_size + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_Q:
+        q_column = tl.arange(0, Q_BLOCK)
+        q_inside = q_column < q_size
+        q_value = tl.load(x + row * x_stride + q_column, mask=q_inside, other=0.0).to(tl.float32)
+        r = 1.0 / tl.sqrt(tl.sum(q_value * q_value, 0) / q_size + eps)
+        tl.store(inverse_rms + 2 * row + 1, r)
+        w = tl.load(q_weight + q_column, mask=q_inside, other=0.0).to(tl.float32)
+        tl.store(q + row * q_size + q_column, (q_value * r * w).to(q.dtype.element_ty), mask=q_inside)
+    r = 1.0 / tl.sqrt(tl.sum(value * value, 0) / kv_size + eps)
+    tl.store(inverse_rms + 2 * row, r)
+    w = tl.load(kv_weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(kv + row * kv_size + column, (value * r * w).to(kv.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _latents_backward(
+    dq, dkv, d_rope, x, q_weight, kv_weight, inverse_rms, dx, dw, rows, q_size, kv_size, rope_size, x_stride,
+    HAS_Q: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0)
+    column = tl.arange(0, KV_BLOCK)
+    inside = column < kv_size
+    w = tl.load(kv_weight + column, mask=inside, other=0.0).to(tl.float32)
+    sum_dw = tl.zeros([KV_BLOCK], tl.float32)
+    q_column = tl.arange(0, Q_BLOCK)
+    q_inside = q_column < q_size
+    q_w = tl.load(q_weight + q_column, mask=q_inside, other=0.0).to(tl.float32)
+    q_sum_dw = tl.zeros([Q_BLOCK], tl.float32)
+    rope = tl.arange(0, ROPE_BLOCK)
+    row = first.to(tl.int64)
+    for _ in range(first, rows, tl.num_programs(0)):
+        at = row * x_stride
+        g = tl.load(dkv + row * kv_size + column, mask=inside, other=0.0).to(tl.float32)
+        normed = tl.load(x + at + q_size + column, mask=inside, other=0.0).to(tl.float32)
+        turned = tl.load(d_rope + row * rope_size + rope, mask=rope < rope_size, other=0.0)
+        if HAS_Q:
+            q_g = tl.load(dq + row * q_size + q_column, mask=q_inside, other=0.0).to(tl.float32)
+            q_normed = tl.load(x + at + q_column, mask=q_inside, other=0.0).to(tl.float32)
+            r = tl.load(inverse_rms + 2 * row + 1)
+            q_normed *= r
+            q_sum_dw += q_g * q_normed
+            q_g *= q_w
+            result = r * (q_g - q_normed * (tl.sum(q_g * q_normed, 0) / q_size))
+            tl.store(dx + at + q_column, result.to(dx.dtype.element_ty), mask=q_inside)
+        r = tl.load(inverse_rms + 2 * row)
+        normed *= r
+        sum_dw += g * normed
+        g *= w
+        result = r * (g - normed * (tl.sum(g * normed, 0) / kv_size))
+        tl.store(dx + at + q_size + column, result.to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + at + q_size + kv_size + rope, turned, mask=rope < rope_size)
+        row += tl.num_programs(0)
+    start = first.to(tl.int64) * (q_size + kv_size)
+    if HAS_Q:
+        tl.store(dw + start + q_column, q_sum_dw, mask=q_inside)
+    tl.store(dw + start + q_size + column, sum_dw, mask=inside)
+
+
+@triton.jit
+def _sum_rows(parts, out, rows, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & inside[None, :]
+        total += tl.load(parts + row[:, None] * size + column[None, :], mask=mask, other=0.0)
+    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=inside)
+
+
+def _sum(parts: Float[Tensor, "programs size"], dtype: torch.dtype) -> Float[Tensor, " size"]:
+    """The sum over the programs, rounded once."""
+    rows, size = parts.shape
+    out = torch.empty(size, dtype=dtype, device=parts.device)
+    _sum_rows[(triton.cdiv(size, 32),)](parts, out, rows, size, ROWS=64, BLOCK=32, num_warps=4)
+    return out
+
+
 def _launch(size: int) -> dict[str, int]:
     block = triton.next_power_of_2(size)
     return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
@@ -89,7 +176,7 @@ def _norm_backward(grad, extra, x, weight, inverse_rms, dx) -> Tensor:
         grad.contiguous(), grad if extra is None else extra.contiguous(), x, weight, inverse_rms, dx, dw, rows, size,
         x.stride(0), dx.stride(0), EXTRA=extra is not None, **_launch(size),
     )  # fmt: skip
-    return dw.sum(0).to(weight.dtype)
+    return _sum(dw, weight.dtype)
 
 
 def add_norm(
@@ -134,28 +221,38 @@ def latent_norms(
 class _LatentNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, fused, q_weight, kv_weight, eps):
-        ctx.set_materialize_grads(False)
-        q_size, kv_size = 0 if q_weight is None else len(q_weight), len(kv_weight)
-        q = q_inverse = None
-        if q_weight is not None:
-            _, q, q_inverse = _norm(fused[:, :q_size], None, q_weight, eps)
-        _, kv, kv_inverse = _norm(fused[:, q_size : q_size + kv_size], None, kv_weight, eps)
-        ctx.save_for_backward(fused, q_weight, kv_weight, q_inverse, kv_inverse)
-        return q, kv, fused[:, q_size + kv_size :].clone()
+        fused = fused.contiguous()
+        n, kv_size = len(fused), len(kv_weight)
+        q_size = 0 if q_weight is None else len(q_weight)
+        q = None if q_weight is None else fused.new_empty(n, q_size)
+        kv = fused.new_empty(n, kv_size)
+        inverse_rms = fused.new_empty(n, 2, dtype=torch.float32)
+        _latents[(n,)](
+            fused, kv_weight if q_weight is None else q_weight, kv_weight, kv if q is None else q, kv, inverse_rms,
+            q_size, kv_size, fused.shape[1], eps, **_latent_blocks(q_size, kv_size),
+        )  # fmt: skip
+        ctx.save_for_backward(fused, q_weight, kv_weight, inverse_rms)
+        return q, kv, fused[:, q_size + kv_size :]
 
     @staticmethod
     def backward(ctx, dq, dkv, d_rope):
-        fused, q_weight, kv_weight, q_inverse, kv_inverse = ctx.saved_tensors
-        q_size, kv_size = 0 if q_weight is None else len(q_weight), len(kv_weight)
-        parts = (slice(0, q_size), slice(q_size, q_size + kv_size), slice(q_size + kv_size, fused.shape[1]))
-        result, d_weights = torch.empty_like(fused), [None, None]
-        norms = ((dq, q_weight, q_inverse), (dkv, kv_weight, kv_inverse))
-        for i, (grad, weight, inverse) in enumerate(norms):
-            if weight is None:
-                continue
-            if grad is None:
-                result[:, parts[i]] = 0
-                continue
-            d_weights[i] = _norm_backward(grad, None, fused[:, parts[i]], weight, inverse, result[:, parts[i]])
-        result[:, parts[2]] = 0 if d_rope is None else d_rope
-        return result, *d_weights, None
+        fused, q_weight, kv_weight, inverse_rms = ctx.saved_tensors
+        n, kv_size = len(fused), len(kv_weight)
+        q_size = 0 if q_weight is None else len(q_weight)
+        rope_size = fused.shape[1] - q_size - kv_size
+        result = torch.empty_like(fused)
+        programs = min(PROGRAMS, n)
+        dw = torch.empty(programs, q_size + kv_size, dtype=torch.float32, device=fused.device)
+        dkv = dkv.contiguous()
+        _latents_backward[(programs,)](
+            dkv if q_weight is None else dq.contiguous(), dkv, d_rope.contiguous(), fused,
+            kv_weight if q_weight is None else q_weight, kv_weight, inverse_rms, result, dw, n, q_size, kv_size,
+            rope_size, fused.shape[1], ROPE_BLOCK=triton.next_power_of_2(rope_size), **_latent_blocks(q_size, kv_size),
+        )  # fmt: skip
+        dw = _sum(dw, kv_weight.dtype)
+        return result, None if q_weight is None else dw[:q_size], dw[q_size:], None
+
+
+def _latent_blocks(q_size: int, kv_size: int) -> dict[str, int]:
+    blocks = {"Q_BLOCK": triton.next_power_of_2(max(q_size, 1)), "KV_BLOCK": triton.next_power_of_2(kv_size)}
+    return {"HAS_Q": q_size > 0, "num_warps": min(max(max(blocks.values()) // 256, 1), 8), **blocks}

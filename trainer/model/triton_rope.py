@@ -53,7 +53,7 @@ def _cosine_sine(turns, token, PAIRS: tl.constexpr, PAIRS2: tl.constexpr):
 
 @triton.jit
 def _forward(
-    q, kv, k_pe, turns, k, v, heads, NOPE: tl.constexpr, V: tl.constexpr, PAIRS: tl.constexpr,
+    q, kv, k_pe, turns, k, v, heads, pe_stride, NOPE: tl.constexpr, V: tl.constexpr, PAIRS: tl.constexpr,
     INTERLEAVE: tl.constexpr, COPY_V: tl.constexpr, V_WIDTH: tl.constexpr, PAIRS2: tl.constexpr, NOPE2: tl.constexpr,
     V2: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def _forward(
     cos, sin = _cosine_sine(turns, token, PAIRS, PAIRS2)
     a, b = _load_pairs(q + row * WIDTH + NOPE, is_head, PAIRS, PAIRS2, INTERLEAVE, TILE)
     one = tl.arange(0, 1)
-    c, d = _load_pairs(k_pe + token * (2 * PAIRS) + one, one == 0, PAIRS, PAIRS2, INTERLEAVE, 1)
+    c, d = _load_pairs(k_pe + token * pe_stride + one, one == 0, PAIRS, PAIRS2, INTERLEAVE, 1)
     _store_pairs(q + row * WIDTH + NOPE, a * cos - b * sin, a * sin + b * cos, is_head, PAIRS, PAIRS2, INTERLEAVE, TILE)
     tl.store(k + row[:, None] * WIDTH + column[None, :], own, mask=inside)
     c, d = c * cos - d * sin, c * sin + d * cos
@@ -142,8 +142,8 @@ def queries_keys_values_(
     values = kv[..., nope:] if v_width is None else kv.new_empty(n, heads, v_width)
     shape = _shape(heads, nope, v, rope // 2, interleave)
     _forward[(n, triton.cdiv(heads, shape["TILE"]))](
-        q, kv, k_pe, torch.view_as_real(turn), k, values, heads, COPY_V=v_width is not None, V_WIDTH=v_width or v,
-        V2=triton.next_power_of_2(v_width or v), **shape,
+        q, kv, k_pe, torch.view_as_real(turn), k, values, heads, k_pe.stride(0), COPY_V=v_width is not None,
+        V_WIDTH=v_width or v, V2=triton.next_power_of_2(v_width or v), **shape,
     )  # fmt: skip
     return q, k, values
 

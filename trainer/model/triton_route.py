@@ -1,8 +1,8 @@
 """The router's decisions and the order of the tokens by expert, on a GPU, without the host ever knowing a count.
 
-`decide` makes scores, chosen experts and weights of the router's logits in one kernel; `Order.of` is a counting sort:
-counts per block of tokens, their running sums, and every choice's row from them. Integer sums only: the same order in
-every run. All shapes follow from the number of tokens.
+`decide` makes scores, chosen experts and weights of the router's logits in one kernel, which also counts the choices
+of every block of tokens; `Counts` are their running sums, and `Order` gives every choice its row from them: a counting
+sort. Integer sums only: the same order in every run. All shapes follow from the number of tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 
 @triton.jit
 def _decide(
-    logits, bias, replay, scores, experts, weights, n, total, replay_stride, factor, K: tl.constexpr, E: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT: tl.constexpr, RENORM: tl.constexpr, REPLAY: tl.constexpr, TOKENS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    logits, bias, replay, scores, experts, weights, counts, n, total, replay_stride, factor, K: tl.constexpr,
+    E: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, RENORM: tl.constexpr, REPLAY: tl.constexpr,
+    TOKENS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, E)
@@ -52,13 +52,16 @@ def _decide(
     slot = tl.arange(0, SLOTS)
     all_experts = tl.zeros([TOKENS, SLOTS], tl.int32)
     all_scores = tl.zeros([TOKENS, SLOTS], tl.float32)
+    hits = tl.zeros([TOKENS, E], tl.int32)
     for j in tl.static_range(K):
         chosen = tl.argmax(biased, 1)
         biased = tl.where(expert[None, :] == chosen[:, None], float("-inf"), biased)
         if REPLAY:
             given = tl.load(replay + token * replay_stride + j, mask=here, other=0).to(tl.int32)
             chosen = tl.where(routes_itself, chosen, given)
-        value = tl.sum(tl.where(expert[None, :] == chosen[:, None], score, 0.0), 1)
+        one = (expert[None, :] == chosen[:, None]) & here[:, None]
+        hits += one.to(tl.int32)
+        value = tl.sum(tl.where(one, score, 0.0), 1)
         all_experts = tl.where(slot[None, :] == j, chosen[:, None], all_experts)
         all_scores = tl.where(slot[None, :] == j, value[:, None], all_scores)
     if RENORM:
@@ -67,6 +70,7 @@ def _decide(
     real = here[:, None] & (slot < K)[None, :]
     tl.store(experts + place, all_experts.to(tl.int64), mask=real)
     tl.store(weights + place, all_scores * factor, mask=real)
+    tl.store(counts + tl.program_id(0).to(tl.int64) * total + expert, tl.sum(hits, 0), mask=expert < total)
 
 
 @triton.jit
@@ -125,6 +129,30 @@ def _count(experts, counts, n, total, K: tl.constexpr, E: tl.constexpr, TOKENS: 
 
 
 @triton.jit
+def _running_sums(counts, starts, ends, load, blocks, total, E: tl.constexpr, BLOCKS: tl.constexpr):
+    """One program: all of it is a few thousand numbers."""
+    expert = tl.arange(0, E)
+    inner = tl.arange(0, BLOCKS)
+    known = expert < total
+    sums = tl.zeros([E], tl.int32)
+    for first in range(0, blocks, BLOCKS):
+        block = first + inner
+        inside = (block < blocks)[:, None] & known[None, :]
+        sums += tl.sum(tl.load(counts + block[:, None] * total + expert[None, :], mask=inside, other=0), 0)
+    tl.store(load + expert, sums.to(tl.int64), mask=known)
+    end = tl.cumsum(sums, 0)
+    tl.store(ends + expert, end, mask=known)
+    start = end - sums
+    for first in range(0, blocks, BLOCKS):
+        block = first + inner
+        inside = (block < blocks)[:, None] & known[None, :]
+        count = tl.load(counts + block[:, None] * total + expert[None, :], mask=inside, other=0)
+        before = start[None, :] + tl.cumsum(count, 0) - count
+        tl.store(starts + block[:, None] * total + expert[None, :], before, mask=inside)
+        start += tl.sum(count, 0)
+
+
+@triton.jit
 def _place(
     experts, starts, weights, place, row_weights, n, total, K: tl.constexpr, E: tl.constexpr, TOKENS: tl.constexpr
 ):
@@ -159,6 +187,33 @@ def can_decide(experts: int, groups: int) -> bool:
     return groups == 1 or (experts & (experts - 1) == 0 and groups & (groups - 1) == 0)
 
 
+@dataclass(frozen=True)
+class Counts:
+    """How the choices of a layer are spread over its experts. A block is as many tokens as a program takes."""
+
+    load: Int[Tensor, " experts"]  # int64, tokens sent to each expert
+    ends: Int[Tensor, " experts"]  # int32, their running sum: where each expert's rows end
+    starts: Int[Tensor, "blocks experts"]  # int32, the first row of every expert that a block's tokens take
+
+    @classmethod
+    def of(cls, experts: Int[Tensor, "n k"], total: int) -> Counts:
+        """Of any choice of `total` experts. torch.bincount would wait for the GPU."""
+        shape = _shape(total)
+        n, k = experts.shape
+        counts = torch.empty(triton.cdiv(n, shape["TOKENS"]), total, dtype=torch.int32, device=experts.device)
+        _count[(len(counts),)](experts, counts, n, total, K=k, **shape)
+        return cls._running(counts)
+
+    @classmethod
+    def _running(cls, counts: Int[Tensor, "blocks experts"]) -> Counts:
+        blocks, total = counts.shape
+        load = torch.empty(total, dtype=torch.long, device=counts.device)
+        ends, starts = torch.empty(total, dtype=torch.int32, device=counts.device), torch.empty_like(counts)
+        e = triton.next_power_of_2(total)
+        _running_sums[(1,)](counts, starts, ends, load, blocks, total, E=e, BLOCKS=max(8192 // e, 8), num_warps=8)
+        return cls(load, ends, starts)
+
+
 def decide(
     logits: Float[Tensor, "n experts"],
     bias: Float[Tensor, " experts"],
@@ -168,22 +223,24 @@ def decide(
     k: int,
     renormalize: bool,
     factor: float,
-) -> tuple[Float[Tensor, "n experts"], Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+) -> tuple[Float[Tensor, "n experts"], Int[Tensor, "n k"], Float[Tensor, "n k"], Counts]:
     """Sigmoid scores (float32), the chosen experts in falling order of score + bias (of equal ones the first; see
-    `moe.select_experts` for the rule) or those to be replayed, and their weights (float32)."""
+    `moe.select_experts` for the rule) or those to be replayed, their weights (float32), and how they are spread."""
     n, total = logits.shape
+    shape = _shape(total)
+    blocks = triton.cdiv(n, shape["TOKENS"])
     scores = torch.empty_like(logits)
     experts = torch.empty(n, k, dtype=torch.long, device=logits.device)
     weights = logits.new_empty(n, k)
-    shape = _shape(total)
+    counts = torch.empty(blocks, total, dtype=torch.int32, device=logits.device)
     if replay is not None and replay.stride(1) != 1:
         replay = replay.contiguous()
-    _decide[(triton.cdiv(n, shape["TOKENS"]),)](
-        logits, bias, experts if replay is None else replay, scores, experts, weights, n, total,
+    _decide[(blocks,)](
+        logits, bias, experts if replay is None else replay, scores, experts, weights, counts, n, total,
         0 if replay is None else replay.stride(0), factor, K=k, GROUPS=groups, KEPT=kept_groups, RENORM=renormalize,
         REPLAY=replay is not None, SLOTS=triton.next_power_of_2(k), **shape,
     )  # fmt: skip
-    return scores, experts, weights
+    return scores, experts, weights, Counts._running(counts)
 
 
 def decide_backward(
@@ -209,20 +266,6 @@ def decide_backward(
     return d_logits
 
 
-def _counts(experts: Int[Tensor, "n k"], total: int) -> Int[Tensor, "blocks experts"]:
-    shape = _shape(total)
-    n, k = experts.shape
-    blocks = triton.cdiv(n, shape["TOKENS"])
-    counts = torch.empty(blocks, total, dtype=torch.int32, device=experts.device)
-    _count[(blocks,)](experts, counts, n, total, K=k, **shape)
-    return counts
-
-
-def load_of(experts: Int[Tensor, "n k"], total: int) -> Int[Tensor, " experts"]:
-    """Tokens sent to each expert (int64). torch.bincount waits for the GPU, this does not."""
-    return _counts(experts, total).sum(0)
-
-
 @dataclass(frozen=True)
 class Order:
     """Rows by expert: choice j of token t is row place[t, j], the rows of expert e end before ends[e]; among an
@@ -233,15 +276,12 @@ class Order:
     row_weights: Float[Tensor, " rows"]  # float32, the routing weight of every row
 
     @classmethod
-    def of(cls, experts: Int[Tensor, "n k"], weights: Float[Tensor, "n k"], total: int) -> Order:
-        counts = _counts(experts, total)
-        running = counts.cumsum(0, dtype=torch.int32)  # [blocks, experts]
-        load = running[-1]
-        ends = load.cumsum(0, dtype=torch.int32)
-        starts = running - counts + (ends - load)
+    def of(cls, experts: Int[Tensor, "n k"], weights: Float[Tensor, "n k"], counts: Counts) -> Order:
         place = torch.empty(experts.shape, dtype=torch.int32, device=experts.device)
         row_weights = torch.empty(experts.numel(), dtype=torch.float32, device=experts.device)
+        (n, k), total = experts.shape, len(counts.ends)
         shape = _shape(total)
-        n, k = experts.shape
-        _place[(len(counts),)](experts, starts, weights.contiguous(), place, row_weights, n, total, K=k, **shape)
-        return cls(place, ends, row_weights)
+        _place[(len(counts.starts),)](
+            experts, counts.starts, weights.contiguous(), place, row_weights, n, total, K=k, **shape
+        )
+        return cls(place, counts.ends, row_weights)
