@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: next-token training on rows, in this process. What `rlzero sft` runs.
+"""Supervised fine-tuning: next-token training on rows, in this process or those of torchrun. What `rlzero sft` runs.
 
 A run is a function of its config and rows: the epochs' order depends on (seed, epoch), the steps on the rows' lengths,
 so a resumed run goes on exactly where it was (bit for bit on a CPU). Its folder is like that of a run of RL: config,
@@ -8,6 +8,7 @@ metrics, evaluations, checkpoints; and `model`, the trained Hugging Face folder.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import shutil
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlzero.display import counting
+from rlzero.export import export
 from rlzero.reading import UsageError
 from rlzero.runlog import FILES, RunLog
 from rlzero.sft_config import SftConfig
@@ -26,6 +28,7 @@ from rlzero.sft_rows import Examples, Progress, load_examples, load_sft_tokenize
 from trainer import checkpoint
 from trainer.batch import Batch
 from trainer.packing import pack
+from trainer.parallel import ParallelOptions
 from trainer.worker import Trainer
 
 logger = logging.getLogger(__name__)
@@ -121,7 +124,9 @@ def prepare(config: SftConfig, progress: Progress = lambda done, total: None) ->
 def train(config: SftConfig, resume: bool, say: Say = lambda line: None) -> Path:
     """The whole run; returns the folder of the trained model. Ctrl-C saves and raises `KeyboardInterrupt`. Raises
     `UsageError` where a run of that name is there already and `resume` is not asked for."""
-    folder = config.run_dir
+    folder, rank = config.run_dir, rank_here(config.parallel)
+    if rank:
+        say = _say_nothing
     newest = checkpoint.latest(folder / "checkpoints")
     if not resume and (newest is not None or any((folder / name).exists() for name in FILES)):
         raise UsageError(
@@ -132,12 +137,31 @@ def train(config: SftConfig, resume: bool, say: Say = lambda line: None) -> Path
         prepared = prepare(config, progress)
     for line in prepared.describe():
         say(line)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.resolved_yaml())
-    run = SftRun(prepared, say)
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config.resolved_yaml())
+    run = SftRun(prepared, rank, say)
     run.start(newest)
     with run.interruptible():
         return run.finish() if run.work() else _stopped(run)
+
+
+def rank_here(parallel: ParallelOptions) -> int:
+    """Which of the run's ranks this process is. Raises `UsageError` where it is to be one of several and torchrun did
+    not start as many."""
+    if parallel.ranks == 1:
+        return 0
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != parallel.ranks or "RANK" not in os.environ:
+        raise UsageError(
+            f"parallel: dp {parallel.dp} x pp {parallel.pp} are {parallel.ranks} processes, found {started}; start "
+            f"them with `torchrun --nproc-per-node {parallel.ranks} -m rlzero.cli sft ...` (more nodes: see torchrun)"
+        )
+    return int(os.environ["RANK"])
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def _stopped(run: SftRun) -> Path:
@@ -146,14 +170,14 @@ def _stopped(run: SftRun) -> Path:
 
 
 class SftRun:
-    """Owns the trainer and the run's files."""
+    """Owns this rank's trainer and, on rank 0, the run's files. Every method is called on all ranks."""
 
-    def __init__(self, prepared: Prepared, say: Say):
+    def __init__(self, prepared: Prepared, rank: int, say: Say):
         self.config, self.plan, self.train, self.say = prepared.config, prepared.plan, prepared.train, say
         config = self.config
         self.tokenizer = prepared.tokenizer
         self.dir = config.run_dir
-        self.log = RunLog(self.dir, config.tracking)
+        self.log = RunLog(self.dir, config.tracking) if rank == 0 else None
         self.step = 0  # the next one
         self.stopping = False
         held_out = prepared.held_out
@@ -162,7 +186,9 @@ class SftRun:
         )
         policy = config.policy
         if config.data.chat_template is not None:  # the checkpoints take their tokenizer from a folder
-            policy = policy.model_copy(update={"tokenizer": str(self._tokenizer_folder())})
+            policy = policy.model_copy(update={"tokenizer": str(self.dir / "tokenizer")})
+            if rank == 0:
+                self._save_tokenizer(self.dir / "tokenizer")
         self.trainer = Trainer(
             policy,
             config.optimizer.model_copy(update={"total_steps": self.plan.steps}),
@@ -170,7 +196,9 @@ class SftRun:
             seed=config.seed,
             threads=config.threads,
             device=config.device,
+            parallel=config.parallel,
         )
+        self.ranks = self.trainer.ranks
 
     def start(self, newest: Path | None) -> None:
         """From the beginning, or from a checkpoint of this run."""
@@ -190,7 +218,8 @@ class SftRun:
                     "the config and files of the run, or start a new run under another name"
                 )
             self.say(f"going on from {newest.name}")
-        self.log.rewind(self.step, evaluations=newest is not None)
+        if self.log is not None:
+            self.log.rewind(self.step, evaluations=newest is not None)
 
     def work(self) -> bool:
         """The steps that are left; False where Ctrl-C ended them early."""
@@ -214,9 +243,11 @@ class SftRun:
                 "tokens_per_s": tokens / max(seconds, 1e-9),
                 "time_step_s": seconds,
             }
-            self.log.metrics(line)
+            if self.log is not None:
+                self.log.metrics(line)
             self.say(_step_line(line, self.plan.steps))
             self.step += 1
+            self.stopping = self.ranks.agree(self.stopping)
             self.evaluate()
             self.save()
             if self.stopping and self.step < self.plan.steps:
@@ -228,12 +259,14 @@ class SftRun:
         `evaluation.every` steps between."""
         every = self.config.evaluation.every
         due = self.step in (0, self.plan.steps) or (every and self.step % every == 0)
-        if not self.held_out or not due or self.step in self.log.evaluated:
+        done = self.log is not None and self.step in self.log.evaluated
+        if not self.held_out or not due or self.ranks.agree(done):
             return
         began_s = time.monotonic()
         total = sum(values.double().sum().item() for values in self.trainer.logprobs(self.held_out))
         result = {"loss": -total / self.held_out[0].total_tokens, "tokens": self.held_out[0].total_tokens}
-        self.log.evaluation({"step": self.step, **result, "time_s": time.monotonic() - began_s})
+        if self.log is not None:
+            self.log.evaluation({"step": self.step, **result, "time_s": time.monotonic() - began_s})
         self.say(f"held-out loss after {self.step} steps: {result['loss']:.4f}")
 
     def save(self) -> None:
@@ -243,16 +276,17 @@ class SftRun:
             return
         folder = self.dir / "checkpoints"
         self.trainer.save(folder / f"step-{self.step:06d}", {"step": self.step, **self._state()})
-        checkpoint.keep_last(folder, self.config.checkpoint.keep)
+        if self.log is not None:
+            checkpoint.keep_last(folder, self.config.checkpoint.keep)
 
     def finish(self) -> Path:
         """Writes the trained model as a plain Hugging Face folder with its tokenizer: `model` in the run's folder."""
-        self.log.close()
         target = self.dir / "model"
-        with checkpoint.writing(target) as partial:
-            self.trainer.policy.save(partial, dtype=self.config.save_dtype)
-            self.tokenizer.save_pretrained(partial)
-        shutil.rmtree(target / checkpoint.STATE)  # the manifest of a checkpoint, which this is not
+        if self.log is not None:
+            shutil.rmtree(target, ignore_errors=True)  # of a run that had ended already
+            export(self.dir / "checkpoints" / f"step-{self.step:06d}", target, self.config.save_dtype)
+            self.tokenizer.save_pretrained(target)
+        self.ranks.barrier()
         return target
 
     @contextmanager
@@ -270,19 +304,20 @@ class SftRun:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-            self.log.close()
+            if self.log is not None:
+                self.log.close()
+            self.ranks.close()
 
     def _state(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one it goes on with."""
         return {"data": self.train.fingerprint, "seed": self.config.seed, "position": self.plan.start(self.step)}
 
-    def _tokenizer_folder(self) -> Path:
-        folder = self.dir / "tokenizer"
+    def _save_tokenizer(self, folder: Path) -> None:
+        """What the checkpoints take their tokenizer from, where it is not the policy's own."""
         self.tokenizer.save_pretrained(folder)
         generation = Path(str(self.config.policy.tokenizer_folder)) / "generation_config.json"
         if generation.is_file():
             shutil.copyfile(generation, folder / generation.name)
-        return folder
 
 
 def _rows_line(examples: Examples, source: str) -> str:

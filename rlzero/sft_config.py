@@ -14,6 +14,7 @@ from rlzero.config import Checkpoints, NonNegative, Positive, Tracker, _Section
 from rlzero.reading import Conflict, read_config
 from trainer.balance import BalanceKind
 from trainer.optimizer import OptimizerOptions
+from trainer.parallel import ParallelOptions
 from trainer.policy import PolicyOptions
 
 OPEN_END = 2**31  # stands for the schedule's end until the rows are counted
@@ -59,7 +60,8 @@ class SftConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: NonNegative = 0  # CPU threads; 0 leaves them to torch
     policy: PolicyOptions
-    save_dtype: Literal["float32", "bfloat16"] | None = None  # of the final folder; none takes policy.dtype
+    parallel: ParallelOptions = ParallelOptions()  # more than one rank: started by torchrun, DeepSeek-V3 models only
+    save_dtype: Literal["float32", "bfloat16"] | None = None  # of the final folder; none keeps policy.dtype
     data: SftData
     epochs: Positive = 2
     max_steps: Positive | None = None  # ends the run, and its schedule, before the epochs do
@@ -160,6 +162,11 @@ def conflicts(config: SftConfig) -> Iterator[Conflict]:
             ("mtp_weight",),
             f"mtp_weight: {config.mtp_weight:g}, but the policy predicts no further tokens (num_nextn_predict_layers "
             "0); set it to 0",
+        )
+    if kind is not None and kind != "deepseek_v3" and config.parallel.ranks > 1:
+        yield (
+            ("parallel",),
+            f"parallel: {config.parallel.ranks} ranks are for DeepSeek-V3 models; this policy is a {kind}; use one",
         )
     if config.device == "cpu" and policy.recipe == "fp8":
         yield (

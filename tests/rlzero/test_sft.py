@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -257,6 +259,35 @@ def test_other_rows_are_no_continuation(config_file, tmp_path, monkeypatch, caps
     assert code == 2 and "was made with another data" in err
 
 
+# --- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_are_one(config_file):
+    """`torchrun -m rlzero.cli sft`, two processes on the CPU, against this process; FP32 sums in another order."""
+    path = config_file(max_steps=3, mtp_weight=0.1, **{"evaluation.every": 1})
+    one = SftConfig.load(path, ["name=one"])
+    sft.train(one, resume=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+               "--master-port", str(port), "-m", "rlzero.cli", "sft", str(path),
+               "name=two", "parallel.dp=2"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 3/3") == 1  # one rank speaks
+    two = SftConfig.load(path, ["name=two"])
+    for file, keys in (("metrics.jsonl", ("loss", "mtp_loss", "lr", "tokens", "rows")), ("evals.jsonl", ("loss",))):
+        pair = [read_lines(config.run_dir / file) for config in (one, two)]
+        assert len(pair[0]) == len(pair[1]) >= 3
+        for line, other in zip(*pair, strict=True):
+            assert all(other[key] == pytest.approx(line[key], rel=1e-3) for key in keys), (line, other)
+    stored = [load_file(config.run_dir / "model" / "model.safetensors") for config in (one, two)]
+    assert stored[0].keys() == stored[1].keys()
+    AutoModelForCausalLM.from_pretrained(two.run_dir / "model")
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +333,7 @@ def test_the_shipped_miniature_runs_on_the_demos_base(monkeypatch, capsys, tmp_p
         ("optimizer.total_steps=9", "optimizer.total_steps: follows from the rows"),
         ("optimizer.warmup_steps=7", "but the run has 7 steps; nothing is left"),
         ("balance=sequence", "balance: sequence with balance_weight 0; set both"),
+        ("parallel.dp=4", "are 4 processes, found 1; start them with `torchrun --nproc-per-node 4"),
         ("policy.path=/nowhere", "/nowhere: no tokenizer could be loaded"),
         ("policy.path={bare}", "the policy's tokenizer has no chat template"),
         ("policy.path={endless}", "the tokenizer has no end-of-sequence token"),
