@@ -188,8 +188,9 @@ class TrainerActor(Trainer):
         """The handle through which engines receive the weights of policy `version`."""
         if type(self._transport) is not type(transport):
             self._transport = transport  # the first one stays: it keeps buffers and groups from sync to sync
-        on_device = isinstance(transport, (IpcTransport, NcclTransport))  # these take the live tensors where they lie
-        return self._transport.publish(list(self.policy.weights()) if on_device else self.weights(), version)
+        # These take the live tensors where they lie. Several ranks gather theirs layer by layer, onto the CPU.
+        live = isinstance(transport, (IpcTransport, NcclTransport)) and self.ranks.size == 1
+        return self._transport.publish(list(self.policy.weights()) if live else self.weights(), version)
 
     def pid(self) -> int:
         return os.getpid()

@@ -179,6 +179,7 @@ class VLLMEngine:
         self._unusable: str | None = None
         self._closed = False
         self.installed: Installed | None = None  # how the last update came in
+        self._updates = 0
 
     # -- requests --
 
@@ -238,8 +239,8 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         tokens = [*request.prompt_tokens, *(kept.tokens if kept else ())]
-        # The salt keeps a new request from reading prefixes that an older policy version cached.
-        prompt = {"prompt_token_ids": tokens, "cache_salt": f"version {self.version}"}
+        # The salt keeps a new request from reading prefixes that other weights cached.
+        prompt = {"prompt_token_ids": tokens, "cache_salt": f"update {self._updates}, version {self.version}"}
         key = self._vllm.add_request(request.id, prompt, params)
         if kept and sampling.stop:
             # A stop string may begin in the kept text. All but its last character can stand there.
@@ -329,6 +330,7 @@ class VLLMEngine:
             raise EngineUnusable(self._unusable) from error
         self._unusable = None
         self.version = version
+        self._updates += 1
         self._resume()
 
     def _install(self, weights: Iterator[tuple[str, Tensor]], manifest: Manifest | None, version: int) -> Installed:

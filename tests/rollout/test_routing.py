@@ -42,8 +42,10 @@ def engine(request, model, tmp_path) -> TorchEngine:
 def requests(count: int = 7) -> list[Request]:
     """Of several lengths, so that rows end and are moved; the first two share a prompt."""
     prompts = [tuple((7 * max(i, 1) + 3 * j) % 59 + 2 for j in range(3 + max(i, 1))) for i in range(count)]
-    options = [Sampling(4 + 3 * (i % 4), seed=i, ignore_eos=True) for i in range(count)]
-    return [Request(f"p{i}", 0, prompt, sampling) for i, (prompt, sampling) in enumerate(zip(prompts, options, strict=True))]
+    return [
+        Request(f"p{i}", 0, prompt, Sampling(4 + 3 * (i % 4), seed=i, ignore_eos=True))
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 @torch.no_grad()

@@ -598,6 +598,22 @@ def test_prefix_cache_never_serves_an_older_version(engines, folders, tmp_path):
             assert near(reference.gap([rollout]))
 
 
+def test_prefixes_of_running_requests_stay_theirs_across_an_update(engines, folders, tmp_path):
+    reference = Reference(folders["qwen"], tmp_path / "qwen")
+    engine = engines.get("qwen", DTYPE, enable_prefix_caching=True)
+    prompt, options = tuple((SEQUENCES[1] * 6)[:150]), Sampling(max_tokens=40, ignore_eos=True)
+    old, new = (perturbed(reference.weights, ".", seed=seed) for seed in (21, 22))
+    engine.update(list(old.items()), 5)
+    engine.submit([Request("running", 0, prompt, options)])
+    engine.completed(timeout_s=0.0)  # its prompt is read and cached
+    engine.update(list(new.items()), 5)  # the same number for other weights: no excuse
+    reference.load(new)
+    engine.submit([Request("new", sample, prompt, options) for sample in range(2)])
+    ended = {rollout.prompt_id: rollout for rollout in finish(engine)}
+    assert near(reference.gap([ended["new"]]))
+    assert [len(r.tokens) for r in ended.values()] == [40, 40] and reference.gap([ended["running"]])["mean_abs"] > 0.1
+
+
 def test_closed_engine_refuses_and_leaves_no_process(engines):
     engine = engines.get("qwen", DTYPE, enable_prefix_caching=True)
     engine.close()
