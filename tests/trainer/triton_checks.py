@@ -1,0 +1,120 @@
+"""The kernels of the model for a GPU, interpreted on the CPU, against the model's plain torch operations. They run in
+a process of their own (test_model_triton.py): Triton reads at its import whether it is to interpret.
+
+Attention's own kernels are libraries' and do not run here; test_model_gpu.py has them. Bounds: float32 5e-6, as the
+orders of sums differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from tests.trainer.test_model_parity import CONFIGS, packed, random_model, relative
+from trainer.model import attention, gpu_moe, layers, moe, triton_route
+from trainer.model.rope import apply_rope
+from trainer.model.triton_moe import gather_sum, scatter_rows
+from trainer.model.triton_rope import backward_, queries_keys_values_
+from trainer.model.triton_route import Counts, Order, decide
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_model_triton.py"
+SHORT = {name: dataclasses.replace(config, num_hidden_layers=2) for name, config in CONFIGS.items()}
+
+
+def gradients_of(config, replay, kernels: bool, monkeypatch, **options):
+    model = random_model(config, **options)
+    tokens, positions, bounds = packed([5, 9, 1], config.vocab_size)
+    with monkeypatch.context() as patch:
+        for module in (layers, moe, attention):
+            patch.setattr(module, "has_kernels", lambda x: kernels)
+        out = model(tokens, positions, bounds, replay, balance=True)
+        weight = torch.randn(out.hidden.shape, generator=torch.Generator().manual_seed(9))
+        ((out.hidden * weight).sum() + out.balance.sum()).backward()
+    return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["groups", "q_lora", "two_shared", "no_renormalization"])
+def test_model_with_kernels_is_the_model_without(name, monkeypatch):
+    config = SHORT[name]
+    g = torch.Generator().manual_seed(3)
+    replay = torch.rand(15, config.moe_layers, config.n_routed_experts, generator=g).topk(3).indices
+    replay[::3] = -1  # these tokens route themselves
+    expected, expected_gradients = gradients_of(config, replay, False, monkeypatch)
+    found, gradients = gradients_of(config, replay, True, monkeypatch)
+    assert torch.equal(found.experts, expected.experts) and torch.equal(found.load, expected.load)
+    assert relative(found.hidden, expected.hidden) <= 5e-6 and relative(found.balance, expected.balance) <= 5e-6
+    assert gradients.keys() == expected_gradients.keys()
+    for parameter, gradient in gradients.items():
+        assert relative(gradient, expected_gradients[parameter]) <= 5e-6, parameter
+
+
+@pytest.mark.parametrize("keep_rows", [True, False])
+def test_experts_in_one_function_are_the_chain_of_single_ones(keep_rows):
+    """The function for BF16 computes in any dtype. Experts 5 to 7 get no token: their gradient is zero."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"x": (21, 16), "weights": (21, 3), "w13": (8, 24, 16), "w2": (8, 16, 12), "s13": (40, 16), "s2": (16, 20)}
+    arrays = {name: torch.randn(shape, generator=g).requires_grad_() for name, shape in shapes.items()}
+    residual, dy = (torch.randn(21, 16, generator=g).requires_grad_() for _ in range(2))
+    chosen = torch.rand(21, 5, generator=g).topk(3).indices
+    x, weights, w13, w2, s13, s2 = arrays.values()
+    counts = Counts.of(chosen, 8)
+    y = gpu_moe.experts(x, weights, chosen, counts, w13, w2, (s13, s2), residual, keep_rows)
+    gate, up = (x @ s13.T).chunk(2, -1)
+    expected = gpu_moe.experts_by_recipe(x, weights, chosen, counts, w13, w2, "bf16")
+    expected = expected + (torch.nn.functional.silu(gate) * up) @ s2.T + residual
+    inputs = [*arrays.values(), residual]
+    found, wanted = (torch.autograd.grad(result, inputs, dy) for result in (y, expected))
+    assert relative(y, expected) <= 5e-6
+    assert torch.count_nonzero(found[2][5:]) == 0
+    for a, b in zip(found, wanted, strict=True):
+        assert relative(a, b) <= 5e-6
+
+
+@pytest.mark.parametrize("total,tokens", [(8, 530), (12, 40), (256, 30)])
+def test_order_is_that_of_a_stable_sort(total, tokens, monkeypatch):
+    """Blocks of 8 tokens, running sums over 2 blocks at a time: every loop turns more than once."""
+    shape = triton_route._shape
+    monkeypatch.setattr(triton_route, "_shape", lambda e: {**shape(e), "TOKENS": 64 if tokens > 100 else 8})
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(tokens, total, generator=g)
+    scores, experts, weights, counts = decide(logits, torch.zeros(total), None, 1, 1, 4, True, 2.5)
+    order = Order.of(experts, weights, counts)
+    by_expert = experts.flatten().argsort(stable=True)
+    load = torch.bincount(experts.flatten(), minlength=total)
+    assert torch.equal(counts.load, load) and torch.equal(order.ends.long(), load.cumsum(0))
+    assert torch.equal(order.place.flatten().long()[by_expert], torch.arange(4 * tokens))
+    assert torch.equal(order.row_weights, weights.flatten()[by_expert])
+    x = torch.randn(tokens, 20, generator=g)
+    rows = scatter_rows(x, order.place)
+    assert torch.equal(rows, x[by_expert // 4])
+    assert relative(gather_sum(rows, order.place, x), 5 * x) <= 1e-6
+
+
+@pytest.mark.parametrize("v_width", [None, 24])
+@pytest.mark.parametrize("interleave", [True, False])
+def test_rotation_and_its_way_back_are_those_of_rope(interleave, v_width):
+    heads, nope, pairs, v, n = 20, 12, 6, 10, 3
+    g = torch.Generator().manual_seed(0)
+    q, kv = torch.randn(n, heads, nope + 12, generator=g), torch.randn(n, heads, nope + v, generator=g)
+    wide = torch.randn(n, 30, generator=g)  # the key's rotated part lies beside others
+    q, kv, wide = (t.requires_grad_() for t in (q, kv, wide))
+    pe = wide[:, 18:]
+    turn = torch.polar(torch.ones(n, pairs), torch.rand(n, pairs, generator=g) * 6)
+    k_pe = apply_rope(pe[:, None], turn, interleave).expand(-1, heads, -1)
+    expected = (
+        torch.cat((q[..., :nope], apply_rope(q[..., nope:], turn, interleave)), -1),
+        torch.cat((kv[..., :nope], k_pe), -1),
+        kv[..., nope:],
+    )
+    grads = [torch.randn(t.shape, generator=g) for t in expected]
+    wanted = torch.autograd.grad(expected, (q, kv, pe), grads)
+    with torch.no_grad():
+        found = queries_keys_values_(q.clone(), kv, pe, turn, interleave, v_width)
+        dv = torch.nn.functional.pad(grads[2], (0, found[2].shape[2] - v), value=7.0)
+        back = backward_(grads[0].clone(), grads[1], dv, turn, v, interleave)
+    assert torch.count_nonzero(found[2][..., v:]) == 0
+    for a, b in zip((*found[:2], found[2][..., :v], *back), (*expected, *wanted), strict=True):
+        assert relative(a, b) <= 1e-6
