@@ -184,7 +184,7 @@ def model_flops(config: V3Config, lengths: list[int], backward: bool = True) -> 
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
-def our_trainer(checkpointing: bool = False) -> Trainer:
+def our_trainer(checkpointing: bool | str = False) -> Trainer:
     """A trainer of V3_2B whose weights are drawn on the GPU: two billion draws on the CPU take longer than the rest."""
     with torch.device("meta"):
         module = V3Model(V3_2B, activation_checkpointing=checkpointing).to(torch.bfloat16)
@@ -214,7 +214,7 @@ def gigabytes(parameters: Iterable[torch.Tensor], others: Iterable[torch.Tensor]
     return (sum(2 * p.nbytes for p in parameters) + sum(t.nbytes for t in others)) / 1e9
 
 
-def ours(work: str, steps: int, checkpointing: bool = False) -> Figures:
+def ours(work: str, steps: int, checkpointing: bool | str = False) -> Figures:
     trainer = our_trainer(checkpointing)
     figures = our_figures(trainer, work, steps)
     figures.states_gb = gigabytes(trainer.policy.module.parameters(), trainer.optimizer.state().values())
@@ -440,7 +440,9 @@ def main(options: argparse.Namespace) -> None:
         for work in chosen:
             mine[work] = attempt(work, "ours", lambda work=work: ours(work, options.steps))
         if "8x2048" in chosen:
-            attempt("8x2048", "ours, checkpointing", lambda: ours("8x2048", options.steps, checkpointing=True))
+            for kept in ("selective", True):
+                name = "ours, selective checkpointing" if kept == "selective" else "ours, checkpointing"
+                attempt("8x2048", name, lambda kept=kept: ours("8x2048", options.steps, kept))
     peers: dict[str, dict[Setting, Figures]] = {work: {} for work in chosen}
     if options.only != "ours":
         tried = [(setting, work) for setting, works in SETTINGS for work in works if work in chosen]

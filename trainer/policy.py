@@ -44,7 +44,7 @@ class PolicyOptions(BaseModel):
     tokenizer: str | None = None  # folder whose tokenizer goes into the checkpoints; none takes that of `path`
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recipe: Literal["bf16", "fp8", "fp8_emulated"] = "bf16"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["selective"] = False  # see trainer.model.v3.V3Model
     freeze_router_bias: bool = True  # RL keeps the balance that pre-training found
 
     @model_validator(mode="after")
