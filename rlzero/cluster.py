@@ -123,6 +123,11 @@ def connect(address: str | None, cpus: int | None = None) -> None:
             _knock(address)
             ray.init(address=address, **options)
         except OSError as error:
+            if isinstance(error.__cause__, ray.exceptions.AuthenticationError):
+                raise ClusterError(
+                    f"cluster.address: the Ray cluster at '{address}' asks for a token; set RAY_AUTH_MODE=token, with "
+                    "the token of its head in ~/.ray/auth_token"
+                ) from error
             raise ClusterError(
                 f"cluster.address: no Ray cluster answers at '{address}' ({error}); start one with "
                 "`ray start --head`, or leave cluster.address out to run on this machine"
