@@ -262,7 +262,7 @@ def test_other_rows_are_no_continuation(config_file, tmp_path, monkeypatch, caps
 # --- several ranks ---------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_are_one(config_file):
+def test_two_ranks_are_one_which_goes_on_with_what_they_saved(config_file):
     """`torchrun -m rlzero.cli sft`, two processes on the CPU, against this process; FP32 sums in another order."""
     path = config_file(max_steps=3, mtp_weight=0.1, **{"evaluation.every": 1})
     one = SftConfig.load(path, ["name=one"])
@@ -285,6 +285,10 @@ def test_two_ranks_are_one(config_file):
             assert all(other[key] == pytest.approx(line[key], rel=1e-3) for key in keys), (line, other)
     stored = [load_file(config.run_dir / "model" / "model.safetensors") for config in (one, two)]
     assert stored[0].keys() == stored[1].keys()
+    for config in (one, two):
+        sft.train(SftConfig.load(path, [f"name={config.name}", "max_steps=4"]), resume=True)
+    last = [read_lines(config.run_dir / "metrics.jsonl")[3]["loss"] for config in (one, two)]
+    assert last[1] == pytest.approx(last[0], rel=1e-3)
     AutoModelForCausalLM.from_pretrained(two.run_dir / "model")
 
 
