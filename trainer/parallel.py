@@ -105,10 +105,11 @@ class Ranks:
         self.dp: DeviceMesh = mesh["efsdp", "ep"]._flatten("dp")
         self.efsdp: DeviceMesh = mesh["efsdp"]
         self.dp_group, self.ep_group, self.pp_group = self.dp.get_group(), mesh.get_group("ep"), mesh.get_group("pp")
-        # The experts' whole tensors: split over ep first, each part over efsdp.
-        turned = torch.arange(self.size).view(shape).transpose(1, 2)
-        self.experts: DeviceMesh = DeviceMesh(device.type, turned, mesh_dim_names=("pp", "ep", "efsdp"))["ep", "efsdp"]
-        self.experts._flatten("experts")  # one collective gathers over both
+        # The experts' whole tensors: split over ep first, each part over efsdp. A mesh for each stage, all made by all
+        # ranks: torch 2.11 cannot slice one from a mesh of all stages, nor gather over a dimension of one rank.
+        turned = torch.arange(self.size).view(shape).transpose(1, 2).contiguous()
+        stages = [DeviceMesh(device.type, stage, mesh_dim_names=("ep", "efsdp")) for stage in turned]
+        self.experts: DeviceMesh = mesh["ep"] if options.dp == options.ep else stages[self.pp_rank]
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
