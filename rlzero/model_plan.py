@@ -39,7 +39,7 @@ class Placement(_Section):
     pipeline: Positive = 1
     experts: Positive = 1
     zero: Literal[0, 1, 2, 3] = 1
-    # full is policy.activation_checkpointing; selective, norms and MLA's up-projections, is what DeepSeek-V3 made again
+    # selective: norms and MLA's up-projections, as DeepSeek-V3; the trainer's own selective makes other parts again
     recompute: Literal["none", "selective", "full"] = "selective"
     memory_gib: float = Field(79.1, gt=0)  # of one GPU; torch finds this much on an H100 80GB
     efficiency: float = Field(rates.EFFICIENCY, gt=0, le=1)  # share of the time spent in the kernels that are counted
