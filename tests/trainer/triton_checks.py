@@ -17,7 +17,7 @@ from tests.trainer.test_model_parity import CONFIGS, packed, random_model, relat
 from trainer.model import attention, gpu_moe, layers, moe, triton_route
 from trainer.model.rope import apply_rope
 from trainer.model.triton_moe import gather_sum, scatter_rows
-from trainer.model.triton_rope import backward_, queries_keys_values_
+from trainer.model.triton_rope import backward_, queries_keys_values_, resize
 from trainer.model.triton_route import Counts, Order, decide
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_model_triton.py"
@@ -118,3 +118,9 @@ def test_rotation_and_its_way_back_are_those_of_rope(interleave, v_width):
     assert torch.count_nonzero(found[2][..., v:]) == 0
     for a, b in zip((*found[:2], found[2][..., :v], *back), (*expected, *wanted), strict=True):
         assert relative(a, b) <= 1e-6
+
+
+def test_rows_are_cut_or_filled_up():
+    x = torch.randn(5, 3, 10, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(resize(x, 24), torch.nn.functional.pad(x, (0, 14)))
+    assert torch.equal(resize(x, 7), x[..., :7])

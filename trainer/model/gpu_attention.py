@@ -10,12 +10,11 @@ groups of documents for its plain one cost in copies what the kernel gains.) Not
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor
 
 from trainer.model.documents import Documents
-from trainer.model.triton_rope import backward_, queries_keys_values_
+from trainer.model.triton_rope import backward_, queries_keys_values_, resize
 
 
 def gpu_attention(
@@ -41,7 +40,7 @@ class _Attention(torch.autograd.Function):
         out, saved = (_equal_forward if equal else _mixed_forward)(q, k, v, documents, scale)
         ctx.save_for_backward(q, k, v, turn, *saved)
         ctx.documents, ctx.scale, ctx.interleave, ctx.equal = documents, scale, interleave, equal
-        return out[..., : ctx.v].contiguous()
+        return resize(out, ctx.v)
 
     @staticmethod
     def backward(ctx, grad):
@@ -88,7 +87,7 @@ def _mixed_forward(q, k, v, documents: Documents, scale: float):
 
 def _mixed_backward(grad, q, k, v, documents: Documents, scale: float, out, lse, rng, unused):
     bounds, longest = documents.cumulative, documents.longest
-    grad = F.pad(grad, (0, v.shape[2] - grad.shape[2]))
+    grad = resize(grad, v.shape[2])
     return torch.ops.aten._flash_attention_backward(
         grad, q, k, v, out, lse, bounds, bounds, longest, longest, 0.0, True, rng, unused, scale=scale
     )

@@ -116,6 +116,27 @@ def _backward(
     _store_pairs(dk_pe + token * (2 * PAIRS) + one, c, d, one == 0, PAIRS, PAIRS2, INTERLEAVE, 1)
 
 
+@triton.jit
+def _resize(x, y, rows, X: tl.constexpr, Y: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    real = (row < rows)[:, None]
+    value = tl.load(x + row[:, None] * X + column[None, :], mask=real & (column < X)[None, :], other=0.0)
+    tl.store(y + row[:, None] * Y + column[None, :], value, mask=real & (column < Y)[None, :])
+
+
+def resize(x: Float[Tensor, "n heads width"], width: int) -> Float[Tensor, "n heads new_width"]:
+    """Every row cut to `width` columns, or filled up with zeros, in one pass; `x` itself if it has that many."""
+    x = x.contiguous()
+    if x.shape[2] == width:
+        return x
+    y = x.new_empty(*x.shape[:2], width)
+    rows, block = x.shape[0] * x.shape[1], triton.next_power_of_2(max(x.shape[2], width))
+    tile = max(4096 // block, 1)
+    _resize[(triton.cdiv(rows, tile),)](x, y, rows, X=x.shape[2], Y=width, ROWS=tile, BLOCK=block, num_warps=4)
+    return y
+
+
 def _shape(heads: int, nope: int, v: int, pairs: int, interleave: bool) -> dict[str, int]:
     return {
         "NOPE": nope, "V": v, "PAIRS": pairs, "INTERLEAVE": interleave, "PAIRS2": triton.next_power_of_2(pairs),
