@@ -183,8 +183,13 @@ class ShardedV3Policy(V3Policy):
     def rows_of(self, name: str) -> tuple[int, int]:
         """First row and number of rows of the whole parameter that this rank's part is."""
         mesh = self.mesh_of(name)
+        return self._rows(name, mesh, mesh.ndim if mesh is not None else 0)
+
+    def _rows(self, name: str, mesh: DeviceMesh | None, dimensions: int) -> tuple[int, int]:
+        """First row and number of rows of this rank's part where the first `dimensions` of the mesh alone split."""
         first, rows = 0, self._whole_shape(name)[0]
-        for dimension in range(mesh.ndim if mesh is not None else 0):
+        for dimension in range(dimensions):
+            assert mesh is not None
             size, place = mesh.size(dimension), mesh.get_local_rank(dimension)
             chunk = -(-rows // size)  # as torch.chunk divides
             first, rows = first + min(place * chunk, rows), max(0, min(chunk, rows - place * chunk))
@@ -208,16 +213,28 @@ class ShardedV3Policy(V3Policy):
                 held = {owner: whole for owner, whole in held.items() if "layers." not in owner}
                 layer = unit
             if place.owner not in held:
-                held[place.owner] = self._whole(place.owner, parts[place.owner])
+                part = parts[place.owner]
+                part = part if place.owner in self._buffers else part.to(self.dtype)
+                held[place.owner] = self.whole(place.owner, part)
             whole = held[place.owner].flatten()
             yield name, whole[place.start : place.start + place.shape.numel()].view(place.shape)
 
-    def _whole(self, name: str, part: Tensor) -> Tensor:
-        if self.mesh_of(name) is None:
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """What `part` is a part of, see `distributed`, on every rank: gathered over the mesh's dimensions, the last
+        first. (Not over a flattened mesh: the ranks of its group are sorted, and so not in the experts' order.)"""
+        mesh = self.mesh_of(name)
+        if mesh is None:
             return part
-        tensor = self.distributed(name, part.to(self.dtype))
-        assert isinstance(tensor, DTensor)
-        return tensor.full_tensor()
+        for dimension in reversed(range(mesh.ndim)):
+            rows = self._rows(name, mesh, dimension)[1]
+            along = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[dimension]]
+            if mesh.size(dimension) > 1:
+                whole = torch.Size([rows, *self._whole_shape(name)[1:]])
+                stride = torch.empty(whole, device="meta").stride()
+                part = DTensor.from_local(
+                    part, along, [Shard(0)], run_check=False, shape=whole, stride=stride
+                ).full_tensor()
+        return part
 
     def _is_mtp(self, name: str) -> bool:
         pieces = name.split(".")

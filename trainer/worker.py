@@ -152,11 +152,14 @@ class Trainer:
 
     def _turns(self, shares: Sequence[Share]) -> Iterator[Share]:
         """The micro-batches of one update in turn. What the router is counted for ends where the gaps begin."""
+        counted, gaps = None, False
         for i, share in enumerate(shares):
-            if not share.real and self._load is None:
-                self._load = self.policy.take_router_load()
+            if not share.real and not gaps:
+                counted, gaps = self.policy.take_router_load(), True
             self.ranks.micro_batch(self.policy.module, last=i == len(shares) - 1)
             yield share
+        if gaps and (filled := self.policy.take_router_load()) is not None:
+            self._load = torch.zeros_like(filled) if counted is None else counted
 
     def _update(self) -> dict[str, float]:
         load = self.policy.take_router_load()
