@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 from ray._private import ray_constants
 from ray.util.placement_group import (
     PlacementGroup,
@@ -196,6 +197,11 @@ class TrainerActor(Trainer):
         # These take the live tensors where they lie. Several ranks gather theirs layer by layer, onto the CPU.
         live = isinstance(transport, (IpcTransport, NcclTransport)) and self.ranks.size == 1
         return self._transport.publish(list(self.policy.weights()) if live else self.weights(), version)
+
+    def release(self) -> None:
+        """Gives back the device memory that nothing holds at the moment."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def pid(self) -> int:
         return os.getpid()
@@ -411,6 +417,10 @@ class Fleet:
         """Installs published weights in every engine, running requests included."""
         self.weights = (handle, version)
         await asyncio.gather(*(self._survive(i, "update", handle, version) for i in range(len(self.workers))))
+
+    async def each(self, method: str) -> None:
+        """Calls `sleep` or `wake` on every engine."""
+        await asyncio.gather(*(self._survive(i, method) for i in range(len(self.workers))))
 
     async def score(self, sequences: list[list[int]], temperature: float) -> list[list]:
         """Every engine's log-probabilities of `sequences`, one list a worker."""

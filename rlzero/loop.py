@@ -25,6 +25,7 @@ async def train(run: Run) -> None:
             graded = await anext(steps)
         samples = to_samples(graded, config.algorithm)
         with run.clock("train"):
+            await run.make_room()
             metrics = await run.trainer.call("step", minibatches(samples, config))
         with run.clock("sync"):
             await run.publish(version=step + 1)

@@ -59,6 +59,8 @@ class Run:
 
     def __init__(self, config: Config, resume: bool, watch: Callable[[str, dict], None] = lambda event, data: None):
         self.config, self.watch = config, watch
+        if self.takes_turns and config.staleness:
+            raise UsageError("rollout.engine_args.sleep_level: engines that write while others train cannot sleep")
         self.dir = config.run_dir
         self.step = 0  # the next step to train
         self.stopping = False
@@ -205,9 +207,23 @@ class Run:
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
+    @property
+    def takes_turns(self) -> bool:
+        """Trainer and engines share a device that does not hold both (rollout.engine_args: sleep_level): the engines
+        sleep while the trainer works."""
+        return bool(self.config.rollout.engine_args.get("sleep_level"))
+
+    async def make_room(self) -> None:
+        """Called before the trainer works; `publish` ends it. Where both fit nobody ever sleeps."""
+        if self.takes_turns:
+            await self.fleet.each("sleep")
+
     async def publish(self, version: int) -> None:
         """Hands the trainer's weights to every engine and compares log-probabilities on the probe: that alone sees
         what an engine derived or repacked from them."""
+        if self.takes_turns:
+            await self.trainer.call("release")  # before the engines take their memory back, never after
+            await self.fleet.each("wake")
         handle = await self.trainer.call("publish", self.transport, version)
         await self.fleet.update(handle, version)
         async with self._published:

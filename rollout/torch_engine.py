@@ -100,7 +100,8 @@ class TorchEngine:
     attention keeps (see rollout.decode_v3); `kernels="auto"` computes float32 V3 models with an expanded cache on a CPU
     with the C++ of rollout.native, everything else with torch. `threads` sets torch's for the whole process.
     `return_routed_experts` gives every ended rollout the experts of its tokens, -1 for the last, which no pass reads;
-    an interrupted one has none: its continuation returns those of all tokens.
+    an interrupted one has none: its continuation returns those of all tokens. `sleep_level` says whether a run lets
+    the engine sleep (0: never); this engine knows one way to.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class TorchEngine:
         cache: Literal["auto", "latent", "expanded"] = "auto",
         kernels: Literal["auto", "native", "torch"] = "auto",
         return_routed_experts: bool = False,
+        sleep_level: int = 0,
     ):
         if threads is not None:
             torch.set_num_threads(threads)
@@ -128,7 +130,7 @@ class TorchEngine:
             kernels=kernels,
             keep_routing=return_routed_experts,
         )
-        self.return_routed_experts = return_routed_experts
+        self.return_routed_experts, self.sleep_level = return_routed_experts, sleep_level
         self.max_batch = max_batch
         self.max_context = min(max_context or self.decoder.max_positions, self.decoder.max_positions)
         self.end_tokens = end_tokens(path)

@@ -1,0 +1,54 @@
+"""Trainer and engine that share a device: they take turns, in an order that never needs both at once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from rlzero import loop
+from rlzero.config import Config
+from rlzero.reading import UsageError
+from rlzero.run import Run
+from rlzero.runlog import read_lines
+from rollout.engine import EngineUnusable
+
+pytestmark = pytest.mark.timeout(170)
+
+
+class WatchedRun(Run):
+    """A run that tries the engines whenever they should sleep."""
+
+    refused = 0
+
+    async def make_room(self) -> None:
+        await super().make_room()
+        try:
+            await self.fleet.score(self.probe[:1], 1.0)
+        except EngineUnusable as error:
+            assert "asleep" in str(error)
+            self.refused += 1
+
+
+def test_sleeping_engines_and_shared_buffers_change_no_number(local_ray, write_config, tmp_path):
+    turns = {"rollout.transport": "ipc", "rollout.engine_args": {"sleep_level": 1}}
+    lines = []
+    for changes in ({}, turns):
+        short = {"steps": 2, "data.evaluation": None, "evaluation.every": 0, "checkpoint.every": 0}
+        config = Config.load(write_config(tmp_path / str(len(lines)), **short, **changes))
+
+        async def go(config: Config = config) -> int:
+            async with WatchedRun(config, resume=False) as run:
+                await loop.train(run)
+                return run.refused
+
+        assert asyncio.run(go()) == (config.steps if changes else 0)
+        lines.append(read_lines(config.run_dir / "metrics.jsonl"))
+    for name in ("reward_mean", "policy_loss", "grad_norm", "length_mean", "sync_gap"):
+        assert [line[name] for line in lines[0]] == [line[name] for line in lines[1]], name
+
+
+def test_engines_that_write_while_the_trainer_trains_are_not_sent_to_sleep(write_config, tmp_path):
+    changes = {"rollout.engine_args": {"sleep_level": 1}, "staleness": 1, "loss.correction": "tis"}
+    with pytest.raises(UsageError, match="cannot sleep"):
+        Run(Config.load(write_config(tmp_path, **changes)), resume=False)
