@@ -107,7 +107,6 @@ class ExpertExchange:
         residual: Float[Tensor, "n hidden"] | None = None,
     ) -> Float[Tensor, "n hidden"]:
         """Σ weight · expert(x) + shared(x) + residual."""
-        x = x if routing.x is None else routing.x
         with self._beside():
             chosen = self._chosen(routing.experts)
             counts = self._exchange_counts(chosen)
