@@ -39,8 +39,14 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
     for device, members in batches.items():
         from rollout.transport.triton_fingerprint import sum_words
 
-        words = [_words(tensors[i]) for i in members]
-        for i, total in zip(members, sum_words(words, device).tolist(), strict=True):
+        kept: list[Tensor] = []  # copies of what cannot be read in place, until the sums are there
+        spans = []
+        for i in members:
+            tensor = tensors[i]
+            if not (tensor.is_contiguous() and tensor.nbytes % 8 == 0 and tensor.data_ptr() % 8 == 0):
+                kept.append(tensor := _words(tensor))
+            spans.append((tensor.data_ptr(), tensor.nbytes // 8))
+        for i, total in zip(members, sum_words(spans, device).tolist(), strict=True):
             found[i] = total
     return [(total + tensor.numel()) % (1 << 64) for total, tensor in zip(found, tensors, strict=True)]
 
