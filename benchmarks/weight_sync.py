@@ -481,6 +481,11 @@ def measure_transfer(trainer: TrainerSide, engine: Engine, transport: Any) -> No
         transport.wait()
         times_s.append(engine.took_s)
     say("engine: receive and verify, not installed", min(times_s), "s")
+    handle = transport.publish(trainer.named.items(), 300)
+    engine("hold", handle)
+    transport.wait()
+    say("engine: our copies (installation alone)", engine.timed("copies"), "s")
+    say("engine: every tensor read back", engine.timed("read_back", handle.manifest), "s")
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from rollout.transport.ipc import IpcTransport
 
 pytestmark = pytest.mark.timeout(120)
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-DEVICE = DEVICES[-1]
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = 4096  # bytes a bucket: the tensors below take many
 
 

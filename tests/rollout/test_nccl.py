@@ -17,7 +17,7 @@ from rollout.transport.nccl import NcclTransport
 pytestmark = pytest.mark.timeout(120)
 
 SMALL = 4096  # bytes a bucket: the tensors below take many
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.device_count() > 1 else [])]
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.device_count() > 1 else [])]
 
 
 def weights(seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:

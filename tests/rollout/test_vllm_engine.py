@@ -31,10 +31,10 @@ from rollout.transport.ipc import IpcTransport
 from rollout.vllm_engine import VLLMEngine, check_release, request_seed
 from rollout.vllm_weights import Installed, copy_weights, differing, plan_copies
 
-pytestmark = pytest.mark.timeout(170)
+ON_GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.timeout(170), *([pytest.mark.gpu] if ON_GPU else [])]  # there all of it is about the GPU
 
 VOCAB, EOS, CONTEXT = 128, 1, 200
-ON_GPU = torch.cuda.is_available()
 DTYPE = "bfloat16" if ON_GPU else "float32"  # vLLM's MLA has no float32 on a GPU
 EXACT = 1e-5  # nats at the worst token; float32 on both sides measured 1e-6 to 2e-6
 BF16 = 2e-2  # nats in the mean; measured 0.004 to 0.007 on a CPU
