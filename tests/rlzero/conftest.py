@@ -22,6 +22,10 @@ from rlzero.runlog import read_lines
 from trainer.model.config import V3Config
 from trainer.policy import PolicyOptions, load_policy
 
+# Whether Ray asks for a token depends on what ran on this machine before; in this process it never does. Runs that the
+# tests start as commands keep Ray's own choice.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
 ROOT = Path(__file__).parents[2]
 STEPS = 8
 
@@ -110,9 +114,10 @@ class Train:
     def __init__(self, config: Path, *arguments: str):
         self.run_dir = config.parent / "runs" / "tiny"
         self.output = (config.parent / "output.txt").open("a+")
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "rlzero.cli", "train", str(config), *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             cwd=config.parent, start_new_session=True, stdout=self.output, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._seen: dict[int, psutil.Process] = {}

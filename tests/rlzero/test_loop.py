@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rewards.load import RewardError
-from rlzero import loop
+from rlzero import launch, loop
 from rlzero.config import Config
 from rlzero.groups import Graded, to_samples
 from rlzero.run import Run
@@ -98,6 +98,31 @@ def test_transformers_loads_the_checkpoint_and_agrees_on_its_logits(finished):
 def test_the_weights_of_every_step_differ(finished):
     weights = [f.read_bytes() for f in sorted((finished / "checkpoints").glob("step-*/model.safetensors"))]
     assert len(weights) == len(set(weights)) == 8
+
+
+def test_the_reference_is_refreshed_on_schedule(finished):
+    """Every 3 steps it becomes the policy: the KL to it starts from 0 again."""
+    kl = [line["kl_reference"] for line in read_lines(finished / "metrics.jsonl")]
+    assert [step for step, value in enumerate(kl) if value == 0] == [0, 3, 6]
+    assert all(value > 0 for step, value in enumerate(kl) if step not in (0, 3, 6))
+
+
+def test_a_step_in_two_halves_is_the_same_step(local_ray, finished, write_config, tmp_path):
+    """`generate --dump`, then `train --from-dump`: what the uninterrupted run did in its first step, to the bit."""
+    config = Config.load(write_config(tmp_path))
+    groups = launch.generate(config, tmp_path / "groups.jsonl", resume=False)
+    assert len(groups) == 3 and all(len(group.scores) == 3 for group in groups)
+    found = launch.train_from_dump(config, tmp_path / "groups.jsonl", resume=False)
+    (first, *_) = read_lines(finished / "metrics.jsonl")
+    for name in ("policy_loss", "grad_norm", "entropy", "gap", "kl_reference"):
+        assert found[name] == first[name], name
+
+
+def test_who_starts_a_run_reads_its_own_lines_and_nobody_elses(finished):
+    lines = (finished.parents[1] / "output.txt").read_text().splitlines()
+    assert [line.split(" ")[1] for line in lines if line.startswith("step ")] == [f"{n}/8" for n in range(1, 9)]
+    others = [line for line in lines if not line.startswith(("engine: ", "evaluation at step ", "step "))]
+    assert [line.split(" ")[0] for line in others] == ["pass@1", "report:"], others
 
 
 # --- inside a run ----------------------------------------------------------------------------------------------------
