@@ -1,4 +1,5 @@
-"""Weights through shared buffers, between processes of one device: a CPU here, a GPU too where there is one."""
+"""Weights through shared buffers, between processes of one device: a CPU here, a GPU too where there is one. Both ends
+stand in one process where the device does not matter: CUDA opens no handle in the process that made it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ from rollout.transport.ipc import IpcTransport
 pytestmark = pytest.mark.timeout(120)
 
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = 4096  # bytes a bucket: the tensors below take many
 
 
@@ -26,7 +26,7 @@ def transport():
     transport.close()
 
 
-def weights(seed: int = 0, device: str = DEVICE) -> dict[str, Tensor]:
+def weights(seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
     torch.manual_seed(seed)
     made = {f"layer.{i}.weight": torch.randn(16 + i, 24).bfloat16() for i in range(12)}
     made |= {
