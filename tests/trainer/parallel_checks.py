@@ -24,12 +24,12 @@ V3 = {
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1, "max_position_embeddings": 64, "initializer_range": 0.1,
 }  # fmt: skip
-OPTIONS = {"dp": {"dp": 2}, "ep": {"dp": 2, "ep": 2}}
+OPTIONS = {"dp": {"dp": 2}, "ep": {"dp": 2, "ep": 2}, "both": {"dp": 4, "ep": 2}}  # both: experts shared by two ranks
 RL = LossOptions(kl_coef=0.01, clip_low=0.2, clip_high=0.2, aggregation="token")
 
 
 class Pair:
-    """One rank of two."""
+    """One rank of two (or four)."""
 
     def __init__(self, kind: str, rank: int, address: str, folder: Path, device: str):
         self.kind, self.rank, self.address, self.folder, self.device = kind, rank, address, folder, device
@@ -244,14 +244,14 @@ def rank_main(rank: int, kind: str, address: str, folder: str, device: str = "cp
     if device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=2,
-        timeout=timedelta(seconds=600),
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", init_method=f"tcp://{address}", rank=rank,
+        world_size=OPTIONS[kind]["dp"], timeout=timedelta(seconds=600),
     )  # fmt: skip
     pair = Pair(kind, rank, address, Path(folder), device)
     found = {}
     for name, check in CHECKS.items():
         values = check(pair)
-        every = [None, None]
+        every = [None] * dist.get_world_size()
         dist.all_gather_object(every, values)
         found[name] = {key: max(v[key] for v in every if key in v) for key in every[0] | every[1]}
     if rank == 0:

@@ -1,7 +1,7 @@
 """Two ranks compute what one does: weights sharded, micro-batches dealt out, experts apart.
 
-Two processes over gloo on loopback, float32 unless said. All checks of one kind run in one pair of processes
-(parallel_checks.py) and report how far two ranks came apart from one; the bounds stand here.
+Two processes (`both`: four) over gloo on loopback, float32 unless said. All checks of one kind run in one set of
+processes (parallel_checks.py) and report how far the ranks came apart from one; the bounds stand here.
 """
 
 import json
@@ -18,10 +18,11 @@ from parallel_checks import OPTIONS, free_address, rank_main
 SUMS = 1e-5  # float32 sums of numbers up to 1 in another order
 
 
-@pytest.fixture(scope="module", params=list(OPTIONS))
+@pytest.fixture(scope="module", params=["dp", "ep", pytest.param("both", marks=pytest.mark.slow)])
 def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    processes = mp.spawn(rank_main, (request.param, free_address(), str(folder)), nprocs=2, join=False)
+    arguments = (request.param, free_address(), str(folder))
+    processes = mp.spawn(rank_main, arguments, nprocs=OPTIONS[request.param]["dp"], join=False)
     while not processes.join(timeout=300):  # raises what a rank raised
         pass
     return json.loads((folder / f"{request.param}.json").read_text())

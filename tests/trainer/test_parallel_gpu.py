@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parallel_checks import OPTIONS, free_address, rank_main
+from parallel_checks import free_address, rank_main
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +19,7 @@ pytestmark = [
 SUMS = 2e-4  # float32 sums of numbers up to 1 in another order, through a GPU's exponentials
 
 
-@pytest.fixture(scope="module", params=list(OPTIONS))
+@pytest.fixture(scope="module", params=["dp", "ep"])
 def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     processes = mp.spawn(rank_main, (request.param, free_address(), str(folder), "cuda"), nprocs=2, join=False)
