@@ -20,10 +20,12 @@ import ray
 from rlzero import cluster, loop
 from rlzero.cluster import Cluster, ClusterError, Placement, check_resources, plan
 from rlzero.config import Config
+from rlzero.reading import UsageError
 from rlzero.run import Run
 from rlzero.runlog import read_lines
+from trainer.checkpoint import CheckpointError
 
-pytestmark = pytest.mark.timeout(170)
+pytestmark = pytest.mark.timeout(300)
 
 
 # --- what each process gets ------------------------------------------------------------------------------------------
@@ -42,6 +44,71 @@ def test_synchronous_processes_share_cores_in_turn_and_asynchronous_ones_at_once
     assert threads(trainer_threads=5, **{"rollout.threads": 7}) == (5, 7)
 
 
+def test_more_processes_than_cores_are_placed_and_the_plan_says_how_they_share_them(write_config, tmp_path):
+    """A Ray of the run's own offers what the run needs: processes that take turns are no shortage."""
+    workers = os.cpu_count() or 1
+    config = Config.load(write_config(tmp_path, **{"rollout.workers": workers, "rollout.threads": 0}))
+    placement = plan(config, cores=workers)
+    assert placement.worker_threads == 1 and placement.local_cpus == workers + 1
+    said = placement.describe(together=False, cores=workers)
+    assert f"in turn: at most {workers} busy on {workers} core(s); a Ray of the run's own is told of" in said
+    assert "slow each other down" in placement.describe(together=True, cores=workers)
+    ray.shutdown()
+    with Cluster(config) as started:
+        assert ray.cluster_resources()["CPU"] == workers + 1
+        assert ray.util.placement_group_table(started.group)["state"] == "CREATED"
+    assert not ray.is_initialized()
+
+
+# --- errors of another process ---------------------------------------------------------------------------------------
+
+
+class Picky:
+    """Stands for a trainer or an engine: what it raises is raised in a process of its own."""
+
+    def __init__(self, threads: int, broken: str = ""):
+        if broken:
+            raise {"path": FileNotFoundError, "bug": RuntimeError}[broken](f"no {broken} here")
+
+    def save(self) -> None:
+        raise CheckpointError("step-3 was not written: the disk is full")
+
+    def stumble(self) -> None:
+        class Local(Exception):
+            def __reduce__(self):
+                raise TypeError("not to be sent")
+
+        raise Local("only here")
+
+
+def test_what_an_actor_raises_arrives_as_it_was_raised(local_ray, write_config, tmp_path):
+    async def go(started: Cluster) -> None:
+        actor = started.start(Picky, 1, "rollout worker 0", (), {"threads": 1})
+        await actor.opened(60)
+        with pytest.raises(CheckpointError) as caught:
+            await actor.call("save", deadline_s=60)
+        assert type(caught.value) is CheckpointError
+        assert str(caught.value) == "step-3 was not written: the disk is full"
+        assert caught.value.__notes__ == ["raised by 'save' of rollout worker 0"]
+        assert "in save" in str(caught.value.__cause__)  # the traceback of the other process is not lost
+        with pytest.raises(ray.exceptions.RayTaskError, match="only here"):
+            await actor.call("stumble", deadline_s=60)
+
+    with Cluster(Config.load(write_config(tmp_path))) as started:
+        asyncio.run(go(started))
+
+
+def test_a_constructor_that_raises_is_no_death(local_ray, write_config, tmp_path):
+    async def go(started: Cluster) -> None:
+        for index, broken, error in ((0, "path", UsageError), (1, "bug", RuntimeError)):
+            actor = started.start(Picky, index, f"actor {index}", (), {"threads": 1, "broken": broken})
+            with pytest.raises(error, match=f"no {broken} here"):
+                await actor.opened(60)
+
+    with Cluster(Config.load(write_config(tmp_path))) as started:
+        asyncio.run(go(started))
+
+
 # --- too small a cluster ---------------------------------------------------------------------------------------------
 
 
@@ -53,13 +120,25 @@ def test_a_run_that_needs_more_than_there_is_fails_with_both_lists(local_ray, wr
     assert "3 of 6 processes find no node" in message
     needed, there = message.split("needed (")[1].split("nodes of the cluster:")
     assert needed.count("1 CPU") == 6 and there.count("3 CPU") == 1
-    assert ray.util.placement_group_table() == {}  # nothing was started
+    groups = ray.util.placement_group_table().values()
+    assert all(group["state"] == "REMOVED" for group in groups)  # nothing was started
 
 
 def test_gpus_that_are_not_there_are_missed(local_ray):
     placement = Placement({"CPU": 1.0, "GPU": 1.0}, [{"CPU": 1.0, "GPU": 1.0}], 1, 1)
     with pytest.raises(ClusterError, match=r"2 of 2 processes(.|\n)*1 CPU, 1 GPU(.|\n)*nodes(.|\n)*3 CPU"):
         check_resources(placement)
+
+
+def test_an_address_where_no_cluster_answers_is_named():
+    ray.shutdown()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    began_s = time.monotonic()
+    with pytest.raises(ClusterError, match=f"no Ray cluster answers at '{address}'"):
+        cluster.connect(address)
+    assert time.monotonic() - began_s < 60
 
 
 # --- a cluster of two nodes ------------------------------------------------------------------------------------------
@@ -121,7 +200,7 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Nodes]:
     ray.shutdown()
     with Nodes() as nodes:
@@ -129,11 +208,10 @@ def two_nodes() -> Iterator[Nodes]:
         ray.shutdown()
 
 
-def test_a_run_joins_a_cluster_and_works_on_both_of_its_nodes(two_nodes, write_config, tmp_path):
-    config = Config.load(
-        write_config(tmp_path, steps=2, **{"cluster.address": two_nodes.address, "evaluation.every": 0})
-    )
-    _await_nodes(two_nodes.address, 2)
+def test_a_run_joins_a_cluster_and_works_on_both_of_its_nodes(two_nodes, write_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes.address)  # `auto` looks here first, and this machine may run others
+    config = Config.load(write_config(tmp_path, steps=2, **{"cluster.address": "auto", "evaluation.every": 0}))
+    _await_nodes("auto", 2)
 
     homes = [node.pid for node in two_nodes.nodes]
     placed: list[int] = []
@@ -162,18 +240,7 @@ def test_a_run_joins_a_cluster_and_works_on_both_of_its_nodes(two_nodes, write_c
 
 def _await_nodes(address: str, count: int) -> None:
     cluster.connect(address)
-    until_s = time.monotonic() + 60
+    until_s = time.monotonic() + 120
     while sum(node["Alive"] for node in ray.nodes()) < count:
         assert time.monotonic() < until_s, f"no {count} nodes: {ray.nodes()}"
         time.sleep(0.1)
-
-
-def test_an_address_where_no_cluster_answers_is_named():
-    ray.shutdown()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    began_s = time.monotonic()
-    with pytest.raises(ClusterError, match=f"no Ray cluster answers at '{address}'"):
-        cluster.connect(address)
-    assert time.monotonic() - began_s < 60
