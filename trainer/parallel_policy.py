@@ -6,6 +6,7 @@ many expert ranks as dp ranks) stay BF16 parameters of their rank, with the opti
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,12 @@ from trainer.policy import Policy, PolicyOptions, V3Policy, load_policy, read_co
 
 # FSDP looks for the tensors of a module's output, whose gradients start its work, through these.
 for _record in (V3Output, Routing):
-    if _record not in pytree.SUPPORTED_NODES:
-        pytree.register_dataclass(_record)
+    _names = [field.name for field in dataclasses.fields(_record)]
+    pytree.register_pytree_node(
+        _record,
+        lambda record, names=_names: ([getattr(record, name) for name in names], None),
+        lambda values, _, kind=_record: kind(*values),
+    )
 
 
 @dataclass(frozen=True)
