@@ -229,7 +229,10 @@ class Cluster:
             check_resources(self.placement)
             self.group = placement_group(self.placement.bundles, strategy="PACK")
             deadline_s = self.config.cluster.deadline_s
-            if not self.group.wait(deadline_s):
+            until_s = time.monotonic() + deadline_s
+            while not (placed := self.group.wait(min(5.0, deadline_s))) and time.monotonic() < until_s:
+                check_resources(self.placement)  # a node may have died since: then Ray would wait for it for ever
+            if not placed:
                 there, free = ray.cluster_resources(), ray.available_resources()
                 used = {key: there[key] - free.get(key, 0) for key in ("CPU", "GPU") if key in there}
                 raise ClusterError(
