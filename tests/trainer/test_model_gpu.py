@@ -86,8 +86,11 @@ def test_float32_is_that_of_the_cpu(name, lengths):
     assert torch.equal(out.load.cpu(), expected.load) and torch.equal(out.experts.cpu(), expected.experts)
     assert error(out.hidden, expected.hidden) <= 1e-4 and error(out.balance, expected.balance) <= 1e-4
     assert gradients.keys() == expected_gradients.keys()
+    # Queries and keys of a lone token have no gradient: what a kernel finds is the rounding of the others' gradients.
+    total = torch.stack([g.norm() for g in expected_gradients.values()]).norm()
+    least = float(total) / 10 if lengths is ONE_TOKEN else 1e-2
     for parameter, gradient in gradients.items():
-        assert error(gradient, expected_gradients[parameter], least=1e-2) <= 1e-4, parameter
+        assert error(gradient, expected_gradients[parameter], least) <= 1e-4, parameter
 
 
 @pytest.mark.parametrize("lengths", NAMES.values(), ids=NAMES)

@@ -76,7 +76,8 @@ def quantize_blocks(
 
 def _scales(largest: Tensor) -> Tensor:
     # An empty tile keeps scale 1: 0/0 would be NaN. Below the least normal float32 a scale would lose its digits.
-    scales = largest / LARGEST
+    # Divided by a tensor: by a number, a GPU multiplies with its reciprocal, and the last bit depends on the device.
+    scales = largest / torch.full_like(largest, LARGEST)
     return torch.where(scales < torch.finfo(torch.float32).tiny, torch.ones_like(scales), scales)
 
 
