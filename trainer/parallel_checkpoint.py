@@ -54,7 +54,9 @@ def load_shards(folder: Path, policy: ShardedV3Policy, optimizer: Optimizer, ste
         state = {}
         for key, found in _listed(folder).items():
             part = _part_of(key, parts)
-            state[key] = torch.empty(found.size if part is None else part.shape, dtype=found.properties.dtype)
+            shape, device = (found.size, "cpu") if part is None else (part.shape, part.device)
+            # On the parameters' device: of CPU memory, a DTensor of a GPU mesh makes a copy, and only that is filled.
+            state[key] = torch.empty(shape, dtype=found.properties.dtype, device=device)
         whole = {
             key: tensor if _part_of(key, parts) is None else policy.distributed(key.partition("/")[2], tensor)
             for key, tensor in state.items()
