@@ -102,12 +102,13 @@ if __name__ == "__main__":
 def test_the_recipes_first_steps_repeat_bit_for_bit_in_a_new_process(tmp_path):
     script = tmp_path / "pretrain.py"
     script.write_text(PRETRAIN)
-    folders = []
-    for name in ("first", "second"):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
-        command = [sys.executable, str(script), str(RECIPE), str(tmp_path / name)]
-        subprocess.run(command, env=environment, check=True, timeout=200)
-        folders.append(tmp_path / name / "demo-base")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
+    folders = [tmp_path / name / "demo-base" for name in ("first", "second")]
+    processes = [
+        subprocess.Popen([sys.executable, str(script), str(RECIPE), str(folder.parent)], env=environment)
+        for folder in folders
+    ]
+    assert [process.wait(timeout=200) for process in processes] == [0, 0]
     first, second = ((folder / "model.safetensors").read_bytes() for folder in folders)
     assert first == second
     lines = [[json.loads(line) for line in (folder / "training.jsonl").open()] for folder in folders]
