@@ -55,6 +55,10 @@ def _tiles(
         tl.store(values + r[:, None] * columns + c[None, :], rounded, mask=in_columns[None, :])
         tl.store(scales + block_column * padded + r, scale)
     if ACROSS:
+        if ALONG:
+            # With one row, values of the part above were seen in the part below (Triton 3.6, H100), which turns its
+            # tile over in the same shared memory.
+            tl.debug_barrier()
         scale = _scale(tl.max(tl.abs(value), 0))
         rounded = _clamped(tl.div_rn(value, scale[None, :])).to(turned.dtype.element_ty)
         tl.store(turned + c[:, None] * padded + r[None, :], tl.trans(rounded), mask=in_columns[:, None])
