@@ -449,9 +449,12 @@ class Fleet:
         self.restarts += 1
         await self.cluster.replaced()
         worker = self.workers[index] = self.cluster.worker(index, self.kind, self.folder, self.options)
-        await worker.opened(self.cluster.config.cluster.deadline_s)
-        if self.weights is not None:
-            await worker.call("update", *self.weights, deadline_s=self.deadline_s)
-        if self.open[index]:
-            await worker.call("submit", list(self.open[index].values()), deadline_s=self.deadline_s)
+        try:
+            await worker.opened(self.cluster.config.cluster.deadline_s)
+            if self.weights is not None:
+                await worker.call("update", *self.weights, deadline_s=self.deadline_s)
+            if self.open[index]:
+                await worker.call("submit", list(self.open[index].values()), deadline_s=self.deadline_s)
+        except ray.exceptions.RayActorError as again:  # placed on a node whose death Ray had not noticed yet, say
+            await self._revive(index, again)
         self._heard_s[index] = time.monotonic()

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 
@@ -17,7 +18,7 @@ import psutil
 import pytest
 import ray
 
-from rlzero import cluster, loop
+from rlzero import cluster, launch, loop
 from rlzero.cluster import Cluster, ClusterError, Placement, check_resources, plan
 from rlzero.config import Config
 from rlzero.reading import UsageError
@@ -202,6 +203,7 @@ def _family(pid: int) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Nodes]:
+    """For the tests at the end of this file, the last of which takes a node away."""
     ray.shutdown()
     with Nodes() as nodes:
         yield nodes
@@ -236,6 +238,32 @@ def test_a_run_joins_a_cluster_and_works_on_both_of_its_nodes(two_nodes, write_c
     _, alive = psutil.wait_procs([psutil.Process(p) for p in actors if psutil.pid_exists(p)], timeout=10)
     assert not alive
     assert all(node.poll() is None for node in two_nodes.nodes)
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_a_node_says_what_has_no_home(two_nodes, write_config, tmp_path, monkeypatch):
+    """One of the run's two processes loses its node, and no other has room for it. Whichever it was: a worker's place
+    is not filled again, or the resumed run cannot be placed."""
+    monkeypatch.setattr(cluster, "REPLACE_S", 3.0)
+    config = Config.load(
+        write_config(tmp_path, steps=500, **{"cluster.address": two_nodes.address, "evaluation.every": 0})
+    )
+    _await_nodes(two_nodes.address, 2)
+    killed_s: list[float] = []
+
+    def kill_a_node() -> None:
+        while not any(line["step"] >= 1 for line in read_lines(config.run_dir / "metrics.jsonl")):
+            time.sleep(0.05)
+        killed_s.append(time.monotonic())
+        for process in _family(two_nodes.nodes[1].pid):
+            process.kill()
+
+    killer = threading.Thread(target=kill_a_node, daemon=True)
+    killer.start()
+    with pytest.raises(ClusterError, match="a node of the cluster died|the cluster cannot hold the run") as caught:
+        launch.train(config, resume=False)
+    assert killed_s and time.monotonic() - killed_s[0] < 60
+    assert "1 CPU" in str(caught.value)
 
 
 def _await_nodes(address: str, count: int) -> None:
