@@ -12,12 +12,12 @@ import dataclasses
 import pytest
 import torch
 
+from tests.trainer.test_model_parity import random_model
 from trainer.model.config import V3Config
 from trainer.model.documents import group_documents
 from trainer.model.moe import Router, select_experts
 from trainer.model.packed_attention import packed_attention
 from trainer.model.rope import turns
-from trainer.model.v3 import V3Model
 
 pytestmark = pytest.mark.gpu
 
@@ -43,18 +43,6 @@ def error(found: torch.Tensor, expected: torch.Tensor, least: float = 1e-20) -> 
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     assert found.isfinite().all()
     return float((found - expected).norm() / expected.norm().clamp_min(least))
-
-
-def random_model(config: V3Config, **options) -> V3Model:
-    model = V3Model(config, **options).init_weights(0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.uniform_(0.5, 1.5, generator=generator)
-        for router in model.routers():
-            router.bias.normal_(0.0, 0.3, generator=generator)
-    return model
 
 
 def inputs(lengths: list[int], config: V3Config = SMALL, spread: int | None = None):

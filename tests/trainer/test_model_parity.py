@@ -102,24 +102,26 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_logits_and_gradients_are_those_of_transformers(name):
-    model = random_model(CONFIGS[name])
-    twin = transformers_twin(model)
-    tokens, positions, bounds = packed(LENGTHS, TINY.vocab_size)
+def assert_parity(model: V3Model, twin, lengths: list[int]) -> None:
+    """Logits and all gradients are those of transformers' model, to 1e-5 of the largest value."""
+    tokens, positions, bounds = packed(lengths, TINY.vocab_size)
     weight = torch.randn(len(tokens), TINY.vocab_size, generator=torch.Generator().manual_seed(9))
-
     logits = model.logits(model(tokens, positions, bounds).hidden)
     (logits * weight).sum().backward()
-    expected = torch.cat([twin(d[None], use_cache=False).logits[0] for d in tokens.split(LENGTHS)])
+    expected = torch.cat([twin(d[None], use_cache=False).logits[0] for d in tokens.split(lengths)])
     (expected * weight).sum().backward()
-
     assert relative(logits, expected) <= 1e-5
     gradients = V3Model(model.config)
     gradients.load_state_dict({n: p.grad for n, p in model.named_parameters()}, strict=False)
     own = fused_names(dict(hf.named_checkpoint_tensors(gradients, mtp=False)), model.config)
     for parameter_name, parameter in twin.named_parameters():
         assert relative(own[parameter_name], parameter.grad) <= 1e-5, parameter_name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_gradients_are_those_of_transformers(name):
+    model = random_model(CONFIGS[name])
+    assert_parity(model, transformers_twin(model), LENGTHS)
 
 
 @pytest.mark.parametrize("name", ["plain", "q_lora", "yarn", "tied_head", "all_dense"])

@@ -11,10 +11,8 @@ import torch
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
-from tests.trainer.test_model_parity import TINY, fused_names, packed, random_model, relative, transformers_twin
-from trainer.model import hf
+from tests.trainer.test_model_parity import TINY, assert_parity, packed, random_model, relative, transformers_twin
 from trainer.model.rope import frequencies, rotation, softmax_scale
-from trainer.model.v3 import V3Model
 
 PUBLISHED = {  # config.json of DeepSeek-V3
     "type": "yarn",
@@ -91,21 +89,7 @@ def test_unequal_mscales_scale_the_rotation_by_their_ratio():
 def test_logits_and_gradients_beyond_the_original_context_are_those_of_transformers(name):
     """Documents of up to 19 times the original context of 16."""
     model = random_model(SETTINGS[name])
-    twin = transformers_twin(model)
-    lengths = [300, 40, 16]
-    tokens, positions, bounds = packed(lengths, TINY.vocab_size)
-    weight = torch.randn(len(tokens), TINY.vocab_size, generator=torch.Generator().manual_seed(9))
-    output = model(tokens, positions, bounds)
-    logits = model.logits(output.hidden)
-    (logits * weight).sum().backward()
-    expected = torch.cat([twin(d[None], use_cache=False).logits[0] for d in tokens.split(lengths)])
-    (expected * weight).sum().backward()
-    assert relative(logits, expected) <= 1e-5
-    gradients = V3Model(model.config)
-    gradients.load_state_dict({n: p.grad for n, p in model.named_parameters()}, strict=False)
-    own = fused_names(dict(hf.named_checkpoint_tensors(gradients, mtp=False)), model.config)
-    for parameter_name, parameter in twin.named_parameters():
-        assert relative(own[parameter_name], parameter.grad) <= 1e-5, parameter_name
+    assert_parity(model, transformers_twin(model), [300, 40, 16])
 
 
 def test_without_yarn_those_positions_would_differ():
