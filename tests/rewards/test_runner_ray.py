@@ -1,10 +1,9 @@
 """The reward runner as a Ray actor: the same class, the same answers."""
 
 import pytest
+import ray
 
-ray = pytest.importorskip("ray")
-
-from rewards.runner import RewardRunner  # noqa: E402
+from rewards.runner import RewardRunner
 
 SPECS = [{"fn": "rewards.countdown:countdown_reward"}, {"fn": "rewards.format:format_reward"}]
 ROW = {"numbers": [3, 5, 8], "target": 16}
