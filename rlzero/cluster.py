@@ -11,7 +11,6 @@ import math
 import os
 import socket
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +28,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlzero import failures
 from rlzero.config import Config
 from rlzero.reading import UsageError
-from rollout.engine import Request, Rollout
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import NcclTransport
 from rollout.worker import RolloutWorker
 from trainer.worker import Trainer
 
-GATHER_S = 0.25  # how long a worker collects ended rollouts before it reports them
 SHOWN = 12  # lines of an error of a start
 REPLACE_S = 20.0  # how long Ray gets to find another node for what ran on a dead one
 
@@ -348,113 +345,3 @@ class TrainerHandle:
             return await self.actor.call(method, *args, deadline_s=deadline_s or self.deadline_s, **kwargs)
         except ray.exceptions.RayActorError as error:
             raise TrainerDied(f"the trainer's process died during '{method}' ({failures.death(error)})") from error
-
-
-class Fleet:
-    """The rollout workers as one engine. The samples of a group stay on one worker (they share the prompt's cache);
-    groups go to workers in turn, so the same requests meet the same batches again in a repeated run. A worker that
-    dies is started again with the current weights, and what it had not finished is written again."""
-
-    def __init__(self, cluster: Cluster, kind: str, folder: str, options: dict[str, Any], max_restarts: int = 10):
-        self.cluster, self.kind, self.folder, self.options = cluster, kind, folder, options
-        self.deadline_s = cluster.config.rollout.deadline_s
-        self.workers = [cluster.worker(i, kind, folder, options) for i in range(cluster.config.rollout.workers)]
-        self.open: list[dict[str, Request]] = [{} for _ in self.workers]
-        self.weights: tuple[Any, int] | None = None  # the last published (handle, version)
-        self.restarts_left = max_restarts
-        self.restarts = 0
-        self._polls: dict[asyncio.Future, int] = {}
-        self._heard_s = [time.monotonic() for _ in self.workers]
-
-    async def ready(self) -> None:
-        """Waits until every engine has loaded its weights."""
-        deadline_s = self.cluster.config.cluster.deadline_s
-        await asyncio.gather(*(worker.opened(deadline_s) for worker in self.workers))
-
-    async def submit(self, groups: Sequence[list[Request]]) -> None:
-        """Gives out groups of requests, the first to the first worker and so on in turn."""
-        for index in range(len(self.workers)):
-            share = [request for group in groups[index :: len(self.workers)] for request in group]
-            if share:
-                self.open[index].update((r.id, r) for r in share)
-                self._heard_s[index] = time.monotonic()
-                await self._survive(index, "submit", share)
-
-    async def completed(self, timeout_s: float = 2.0) -> list[Rollout]:
-        """Rollouts that ended on any worker since the last call; [] after `timeout_s` without one."""
-        for index in range(len(self.workers)):
-            self._poll(index)
-        if not self._polls:
-            return []
-        ready, _ = await asyncio.wait(self._polls, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        rollouts: list[Rollout] = []
-        for poll in ready:
-            index = self._polls.pop(poll)
-            try:
-                ended = poll.result()
-            except ray.exceptions.RayActorError as error:
-                await self._revive(index, error)
-                continue
-            except ray.exceptions.RayTaskError as error:
-                raise failures.original(error, self.workers[index].name, "completed") from error
-            for rollout in ended:
-                self.open[index].pop(rollout.id, None)
-            if ended:
-                self._heard_s[index] = time.monotonic()
-            self._poll(index)  # at once: the engine only works inside a call
-            rollouts += ended
-        for worker, requests, heard_s in zip(self.workers, self.open, self._heard_s, strict=True):
-            if requests and time.monotonic() - heard_s > self.deadline_s:
-                raise ClusterError(
-                    f"{worker.name} finished nothing for {self.deadline_s:g} s with {len(requests)} requests open and "
-                    "is taken for hung; raise rollout.deadline_s if completions take that long"
-                )
-        return rollouts
-
-    def _poll(self, index: int) -> None:
-        if self.open[index] and index not in self._polls.values():
-            call = self.workers[index].submit("completed", 1.0, gather_s=GATHER_S)
-            self._polls[asyncio.wrap_future(call.future())] = index
-
-    async def update(self, handle: Any, version: int) -> None:
-        """Installs published weights in every engine, running requests included."""
-        self.weights = (handle, version)
-        await asyncio.gather(*(self._survive(i, "update", handle, version) for i in range(len(self.workers))))
-
-    async def each(self, method: str) -> None:
-        """Calls `sleep` or `wake` on every engine."""
-        await asyncio.gather(*(self._survive(i, method) for i in range(len(self.workers))))
-
-    async def score(self, sequences: list[list[int]], temperature: float) -> list[list]:
-        """Every engine's log-probabilities of `sequences`, one list a worker."""
-        calls = (self._survive(i, "score", sequences, temperature) for i in range(len(self.workers)))
-        return await asyncio.gather(*calls)
-
-    async def _survive(self, index: int, method: str, *args: Any) -> Any:
-        """One call that outlives the worker: a restarted one has the current weights and its open requests."""
-        try:
-            return await self.workers[index].call(method, *args, deadline_s=self.deadline_s)
-        except ray.exceptions.RayActorError as error:
-            await self._revive(index, error)
-            return await self._survive(index, method, *args) if method == "score" else None
-
-    async def _revive(self, index: int, error: Exception) -> None:
-        """A new worker in the place of a dead one: current weights, unfinished requests from their start."""
-        if self.restarts_left == 0:
-            name = self.workers[index].name
-            raise ClusterError(
-                f"{name} died again after {self.restarts} restarts ({failures.death(error)})"
-            ) from error
-        self.restarts_left -= 1
-        self.restarts += 1
-        await self.cluster.replaced()
-        worker = self.workers[index] = self.cluster.worker(index, self.kind, self.folder, self.options)
-        try:
-            await worker.opened(self.cluster.config.cluster.deadline_s)
-            if self.weights is not None:
-                await worker.call("update", *self.weights, deadline_s=self.deadline_s)
-            if self.open[index]:
-                await worker.call("submit", list(self.open[index].values()), deadline_s=self.deadline_s)
-        except ray.exceptions.RayActorError as again:  # placed on a node whose death Ray had not noticed yet, say
-            await self._revive(index, again)
-        self._heard_s[index] = time.monotonic()

@@ -15,9 +15,10 @@ from typing import Any
 
 from rewards.runner import RewardRunner
 from rlzero import evaluate
-from rlzero.cluster import Cluster, Fleet
+from rlzero.cluster import Cluster
 from rlzero.config import Config
 from rlzero.data import PromptStream, load_prompts, load_tokenizer
+from rlzero.fleet import Fleet
 from rlzero.groups import Graded, Group
 from rlzero.metrics import Written
 from rlzero.reading import UsageError
