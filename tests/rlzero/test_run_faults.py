@@ -189,7 +189,7 @@ def test_a_trainer_that_dies_between_publishing_and_receiving_counts_as_a_dead_t
             trainer.kill()
             trainer.wait(10)
             with pytest.raises(TrainerDied):
-                await run.fleet.update(handle, 1)
+                await run.fleet.update([handle], 1)
                 await run.check_agreement(1)
 
     asyncio.run(go())
