@@ -70,11 +70,12 @@ class Rendezvous:
         return cls(int(os.environ["RANK"]), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
 
     def meeting(self, size: int, deadline: timedelta) -> dict[str, Any]:
-        """How init_process_group is told where."""
-        if self.listening is None:
+        """How init_process_group is told where. At an address of torchrun's there is a store already."""
+        if self.address == f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}":
             return {"init_method": f"tcp://{self.address}"}
         host, _, port = self.address.rpartition(":")
-        return {"store": dist.TCPStore(host, int(port), size, True, deadline, master_listen_fd=self.listening)}
+        first = self.rank == 0
+        return {"store": dist.TCPStore(host, int(port), size, first, deadline, master_listen_fd=self.listening)}
 
 
 @dataclass(frozen=True)
