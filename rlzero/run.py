@@ -365,13 +365,12 @@ def engine(config: Config) -> tuple[str, str]:
 
 
 def transport(config: Config, name: str) -> Transport:
-    """How weights reach the engines. Several ranks gather theirs on rank 0's host, which cannot lend them out: they go
-    through Ray's object store."""
+    """How weights reach the engines, by the name that the placement came to."""
     if name == "disk":
         return DiskTransport(config.run_dir / "weights")
-    if name == "ipc" and config.parallel.ranks == 1:
+    if name == "ipc":
         return IpcTransport()
-    if name == "nccl" and config.parallel.ranks == 1:
+    if name == "nccl":
         return NcclTransport(config.rollout.workers)
     return ObjectStoreTransport()
 
