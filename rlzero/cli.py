@@ -222,25 +222,25 @@ def _numbers(line: dict[str, float]) -> str:
 
 
 def _show_plan(config, resolved: bool) -> None:
-    from rlzero import cluster
+    from rlzero import cluster, placement
     from rlzero.plan import describe, make_plan, shortage
     from rlzero.reading import UsageError
 
     if resolved:
         typer.echo(config.resolved_yaml())
-    placement = cluster.plan(config)
+    placed = placement.plan(config)
     found = make_plan(config)
-    typer.echo("\n".join(describe(config, found, placement.bundles)))
+    typer.echo("\n".join(describe(config, found, placed.lines(config.reward_workers))))
     if config.cluster.address is None:
-        typer.echo(placement.describe(config.staleness > 0))
+        typer.echo(placed.threads_line(config.staleness > 0))
     if found is not None and (why := shortage(config, found)):
         raise UsageError(why)
     if resolved:
         import ray
 
-        cluster.connect(config.cluster.address, placement.local_cpus)
+        cluster.connect(config.cluster.address, placed.local_cpus)
         try:
-            cluster.check_resources(placement)
+            cluster.check_resources(placed)
         finally:
             ray.shutdown()
         typer.echo("cluster    can hold the run")

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Coroutine
 from typing import Any
 
 import ray
@@ -27,13 +26,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlzero import failures
 from rlzero.config import Config
+from rlzero.placement import Placement, Process, plan, resources
 from rlzero.reading import UsageError
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import NcclTransport
 from rollout.worker import RolloutWorker
+from trainer.parallel import Rendezvous
 from trainer.worker import Trainer
 
 SHOWN = 12  # lines of an error of a start
+DEATH_S = 10.0  # how long Ray gets to report a rank's death that another rank has met with
 REPLACE_S = 20.0  # how long Ray gets to find another node for what ran on a dead one
 
 
@@ -43,60 +45,6 @@ class ClusterError(RuntimeError):
 
 class TrainerDied(ClusterError):
     """The trainer's process is gone; the run goes on from its last checkpoint."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What each process of a run gets: Ray resources and CPU threads."""
-
-    trainer: dict[str, float]
-    workers: list[dict[str, float]]
-    trainer_threads: int
-    worker_threads: int
-
-    @property
-    def bundles(self) -> list[dict[str, float]]:
-        return [self.trainer, *self.workers]
-
-    @property
-    def local_cpus(self) -> int:
-        """CPUs that a Ray of the run's own offers: this machine's, or what the run needs to be placed, if that is more.
-        Processes that take turns share cores; their threads are counted for that."""
-        return max(os.cpu_count() or 1, math.ceil(sum(bundle["CPU"] for bundle in self.bundles)))
-
-    def describe(self, together: bool, cores: int | None = None) -> str:
-        """How the processes share this machine's cores, in a line; `together`: trainer and workers work at once."""
-        cores, count = cores or os.cpu_count() or 1, len(self.workers)
-        written = count * self.worker_threads
-        busiest = self.trainer_threads + written if together else max(self.trainer_threads, written)
-        line = (
-            f"threads    trainer {self.trainer_threads}, each of {count} rollout worker(s) {self.worker_threads}, "
-            f"{'at the same time' if together else 'in turn'}: at most {busiest} busy on {cores} core(s)"
-        )
-        if busiest > cores:
-            line += "; more than there are, so they slow each other down"
-        if self.local_cpus > cores:
-            line += f"; a Ray of the run's own is told of {self.local_cpus} CPUs so that all of them are placed"
-        return line
-
-
-def plan(config: Config, cores: int | None = None) -> Placement:
-    """The placement that `config` asks for. Synchronous runs on a CPU take turns, so trainer and workers may each use
-    every core; where they work at the same time the cores are shared out. Each has a GPU of its own, but with
-    rollout.transport: ipc, which is for one device, they share one."""
-    cores = cores or os.cpu_count() or 1
-    share = 1.0 / (1 + config.rollout.workers) if config.rollout.transport == "ipc" else 1.0
-    gpu = {"GPU": share} if config.device == "cuda" else {}
-    together = config.staleness > 0
-    shares = 1 + config.rollout.workers if together else 1
-    threads = max(1, cores // shares)
-    per_worker = max(1, threads // (1 if together else config.rollout.workers))
-    return Placement(
-        trainer={"CPU": 1.0, **gpu},
-        workers=[{"CPU": 1.0, **gpu} for _ in range(config.rollout.workers)],
-        trainer_threads=config.trainer_threads or threads,
-        worker_threads=config.rollout.threads or per_worker,
-    )
 
 
 def connect(address: str | None, cpus: int | None = None) -> None:
@@ -160,8 +108,9 @@ def check_resources(placement: Placement) -> None:
     anything is started: Ray itself would wait for ever."""
     nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     free = [dict(node) for node in nodes]
+    bundles = placement.bundles
     unplaced = []
-    for bundle in sorted(placement.bundles, key=lambda b: -sum(b.values())):
+    for bundle in sorted(bundles, key=lambda b: (-b.get("GPU", 0), -b["CPU"])):
         home = next((n for n in free if all(n.get(k, 0) >= v for k, v in bundle.items())), None)
         if home is None:
             unplaced.append(bundle)
@@ -169,31 +118,57 @@ def check_resources(placement: Placement) -> None:
         for key, value in bundle.items():
             home[key] -= value
     if unplaced:
-        needs = "\n".join(f"    {_resources(b)}" for b in placement.bundles)
-        has = "\n".join(f"    {_resources({k: v for k, v in n.items() if k in ('CPU', 'GPU')})}" for n in nodes)
+        needs = "\n".join(f"    {resources(b)}: {placement.of_bundle(i)}" for i, b in enumerate(bundles))
+        has = "\n".join(f"    {resources({k: v for k, v in n.items() if k in ('CPU', 'GPU')})}" for n in nodes)
         raise ClusterError(
-            f"the cluster cannot hold the run: {len(unplaced)} of {len(placement.bundles)} processes find no node\n"
-            f"  needed (trainer first, then rollout workers):\n{needs}\n  nodes of the cluster:\n{has}\n"
-            "  lower rollout.workers, set device, or add nodes"
+            f"the cluster cannot hold the run: {len(unplaced)} of {len(bundles)} bundles of processes find no node\n"
+            f"  needed (placement {placement.choice.kind}):\n{needs}\n  nodes of the cluster:\n{has}\n"
+            "  lower rollout.workers or parallel.dp, set device or cluster.placement, or add nodes"
         )
 
 
-def _resources(bundle: dict[str, float]) -> str:
-    return ", ".join(f"{value:g} {key}" for key, value in sorted(bundle.items())) or "nothing"
-
-
 class TrainerActor(Trainer):
-    """The trainer as a Ray actor: what it computes plus handing its weights to a transport."""
+    """One rank of the trainer as a Ray actor. The process is there first and `open` makes the trainer in it, because
+    the ranks have to be told where rank 0 listens."""
 
-    _transport: Any = None
+    def __init__(self, rank: int):
+        self._rank, self._listener, self._transport = rank, None, None
+
+    def meet(self) -> str:
+        """Rank 0's address, host:port, at which the others find it: of the node's own interface, nobody else's."""
+        self._listener = socket.socket()
+        self._listener.bind((ray.util.get_node_ip_address(), 0))
+        self._listener.listen()
+        return "{}:{}".format(*self._listener.getsockname())
+
+    def open(self, *args: Any, address: str | None = None, **kwargs: Any) -> None:
+        """Loads the policy. With an `address` this is one of several ranks, whose `open` has to be called as well."""
+        rendezvous = None
+        if address is not None:
+            if address.startswith("127."):  # a cluster of this machine alone listens on loopback only
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            listening = self._listener.detach() if self._listener is not None else None
+            rendezvous = Rendezvous(self._rank, address, listening)
+        super().__init__(*args, rendezvous=rendezvous, **kwargs)
 
     def publish(self, transport: Any, version: int) -> Any:
-        """The handle through which engines receive the weights of policy `version`."""
-        if type(self._transport) is not type(transport):
+        """The handle through which engines receive the weights of policy `version`: rank 0's. The other ranks take
+        part in the gathering and return None."""
+        if self._rank > 0:
+            for _ in self.weights():
+                pass
+            return None
+        if self._transport is None:
             self._transport = transport  # the first one stays: it keeps buffers and groups from sync to sync
         # These take the live tensors where they lie. Several ranks gather theirs layer by layer, onto the CPU.
         live = isinstance(transport, (IpcTransport, NcclTransport)) and self.ranks.size == 1
         return self._transport.publish(list(self.policy.weights()) if live else self.weights(), version)
+
+    def forget_transport(self) -> None:
+        """The next publication begins with a new one: of engines that an old one knew, one is gone."""
+        if isinstance(self._transport, (IpcTransport, NcclTransport)):
+            self._transport.close()
+        self._transport = None
 
     def release(self) -> None:
         """Gives back the device memory that nothing holds at the moment."""
@@ -204,14 +179,18 @@ class TrainerActor(Trainer):
         return os.getpid()
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """Thread counts of one process, set before it imports torch: oversubscribed cores cost more than idle ones."""
+def _environment(threads: int, gpus: float) -> dict[str, str]:
+    """What is read when a process imports torch. Oversubscribed cores cost more than idle ones; a process without a GPU
+    of its own sees none; NVLink multicast on shared hosts can take their GPUs down, so it is used where asked for."""
     counted = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    return {"TOKENIZERS_PARALLELISM": "false", **{name: str(threads) for name in counted}}
+    found = {"TOKENIZERS_PARALLELISM": "false", **{name: str(threads) for name in counted}}
+    if gpus:
+        return {**found, "NCCL_NVLS_ENABLE": os.environ.get("NCCL_NVLS_ENABLE", "0")}
+    return {**found, "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Cluster:
-    """A run's place on a Ray cluster: one placement group, one trainer, some rollout workers. A context manager: on
+    """A run's place on a Ray cluster: one placement group, trainer ranks, rollout workers. A context manager: on
     leaving, every process it started is gone."""
 
     def __init__(self, config: Config):
@@ -234,7 +213,7 @@ class Cluster:
                 used = {key: there[key] - free.get(key, 0) for key in ("CPU", "GPU") if key in there}
                 raise ClusterError(
                     "the cluster has the resources but did not free them within cluster.deadline_s = "
-                    f"{deadline_s:g} s; in use: {_resources(used)}"
+                    f"{deadline_s:g} s; in use: {resources(used)}"
                 )
         except BaseException:
             self.__exit__()
@@ -248,17 +227,19 @@ class Cluster:
         if self._started_ray and ray.is_initialized():
             ray.shutdown()
 
-    def start(self, cls: type, index: int, name: str, args: tuple, kwargs: dict[str, Any]) -> Actor:
-        """An actor of `cls` in bundle `index` of the placement group; `kwargs["threads"]` are its CPU threads."""
-        bundle = self.placement.bundles[index]
+    def start(self, cls: type, process: Process, name: str, args: tuple, kwargs: dict[str, Any], threads: int) -> Actor:
+        """An actor of `cls` in the process's bundle of the placement group, with so many CPU threads."""
+        gpus = process.resources.get("GPU", 0)
         handle = (
             ray.remote(failures.reporting(cls))
             .options(
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
+                num_cpus=process.resources["CPU"],
+                num_gpus=gpus,
                 max_restarts=0,
-                runtime_env={"env_vars": _environment(kwargs["threads"])},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index),
+                runtime_env={"env_vars": _environment(threads, gpus)},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self.group, placement_group_bundle_index=process.bundle
+                ),
             )
             .remote(*args, **kwargs)
         )
@@ -271,12 +252,13 @@ class Cluster:
         while True:
             nodes = [node for node in ray.nodes() if node["Alive"]]
             homes = placement_group_table(self.group)["bundles_to_node_id"]
-            lost = [i for i in range(len(self.placement.bundles)) if homes.get(i) not in {n["NodeID"] for n in nodes}]
+            bundles = self.placement.bundles
+            lost = [i for i in range(len(bundles)) if homes.get(i) not in {n["NodeID"] for n in nodes}]
             if not lost:
                 return
             if time.monotonic() > until_s:
-                names = ", ".join("the trainer" if i == 0 else f"rollout worker {i - 1}" for i in lost)
-                needs = "; ".join(_resources(self.placement.bundles[i]) for i in lost)
+                names = ", ".join(self.placement.of_bundle(i) for i in lost)
+                needs = "; ".join(resources(bundles[i]) for i in lost)
                 raise ClusterError(
                     f"a node of the cluster died, and no other has room for what ran on it: {names}, needing {needs}. "
                     f"{len(nodes)} node(s) are alive; bring the node back or lower rollout.workers, then --resume"
@@ -284,12 +266,18 @@ class Cluster:
             await asyncio.sleep(0.5)
 
     def trainer(self, *args: Any, **kwargs: Any) -> TrainerHandle:
-        actor = self.start(TrainerActor, 0, "trainer", args, {**kwargs, "threads": self.placement.trainer_threads})
-        return TrainerHandle(actor, self.config.rollout.deadline_s)
+        """All ranks of the trainer. Arguments are those of `Trainer`."""
+        threads, count = self.placement.rank_threads, len(self.placement.ranks)
+        ranks = [
+            self.start(TrainerActor, process, "trainer" if count == 1 else f"trainer rank {i}", (i,), {}, threads)
+            for i, process in enumerate(self.placement.ranks)
+        ]
+        return TrainerHandle(ranks, self.config.rollout.deadline_s, args, {**kwargs, "threads": threads})
 
     def worker(self, index: int, kind: str, folder: str, options: dict[str, Any]) -> Actor:
-        kwargs = {"options": options, "threads": self.placement.worker_threads}
-        return self.start(RolloutWorker, 1 + index, f"rollout worker {index}", (kind, folder), kwargs)
+        process, threads = self.placement.workers[index], self.placement.worker_threads
+        kwargs = {"options": options, "threads": threads}
+        return self.start(RolloutWorker, process, f"rollout worker {index}", (kind, folder), kwargs, threads)
 
 
 class Actor:
@@ -317,10 +305,10 @@ class Actor:
         except ray.exceptions.RayTaskError as error:
             raise failures.original(error, self.name, method) from error
 
-    async def opened(self, deadline_s: float) -> None:
+    async def opened(self, deadline_s: float, method: str = "opened", *args: Any, **kwargs: Any) -> None:
         """Waits until the process has made what it owns. Raises `UsageError` where what it was given cannot be used."""
         try:
-            await self.call("opened", deadline_s=deadline_s)
+            await self.call(method, *args, deadline_s=deadline_s, **kwargs)
         except (FileNotFoundError, ValueError) as error:
             lines = str(error).splitlines()
             shown = lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"  ... and {len(lines) - SHOWN} more lines"]
@@ -331,17 +319,77 @@ class Actor:
 
 
 class TrainerHandle:
-    """Calls on the trainer actor; its death becomes `TrainerDied`."""
+    """Calls on all ranks of the trainer, each with the same arguments: their methods are collectives. The death of a
+    rank becomes `TrainerDied`. What one rank raises arrives as it is and without waiting for the others, which are left
+    in the middle of a collective: they are killed."""
 
-    def __init__(self, actor: Actor, deadline_s: float):
-        self.actor, self.deadline_s = actor, deadline_s
+    def __init__(self, ranks: list[Actor], deadline_s: float, args: tuple, kwargs: dict[str, Any]):
+        self.ranks, self.deadline_s = ranks, deadline_s
+        self._made_of, self._is_open = (args, kwargs), False
 
     async def ready(self, deadline_s: float) -> None:
-        """Waits until the trainer has loaded its policy."""
-        await self.actor.opened(deadline_s)
+        """Waits until every rank has loaded its part of the policy; they begin when this is called first."""
+        if self._is_open:
+            return
+        args, kwargs = self._made_of
+        if len(self.ranks) > 1:
+            address = (await self._together("meet", [self.ranks[0].call("meet", deadline_s=deadline_s)]))[0]
+            kwargs = {**kwargs, "address": address}
+        await self._together("open", [rank.opened(deadline_s, "open", *args, **kwargs) for rank in self.ranks])
+        self._is_open = True
 
     async def call(self, method: str, *args: Any, deadline_s: float | None = None, **kwargs: Any) -> Any:
+        """What rank 0 returns, once every rank has returned."""
+        return (await self.each(method, *args, deadline_s=deadline_s, **kwargs))[0]
+
+    async def each(self, method: str, *args: Any, deadline_s: float | None = None, **kwargs: Any) -> list[Any]:
+        """What every rank returns."""
+        if len(self.ranks) > 1:  # what is large is stored once, and read there by every rank
+            args = tuple(arg if isinstance(arg, str | int | float | None) else ray.put(arg) for arg in args)
+        limit_s = deadline_s or self.deadline_s
+        calls = [rank.call(method, *args, deadline_s=limit_s, **kwargs) for rank in self.ranks]
+        return await self._together(method, calls)
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+
+    async def _together(self, method: str, calls: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+        tasks = [asyncio.create_task(call) for call in calls]
         try:
-            return await self.actor.call(method, *args, deadline_s=deadline_s or self.deadline_s, **kwargs)
-        except ray.exceptions.RayActorError as error:
-            raise TrainerDied(f"the trainer's process died during '{method}' ({failures.death(error)})") from error
+            _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if not (raised := _raised(tasks)):
+                return [task.result() for task in tasks]
+            # A rank that lost another one may say so before Ray does.
+            until_s = time.monotonic() + DEATH_S
+            while waiting and all(map(_lost_a_peer, raised)) and (left_s := until_s - time.monotonic()) > 0:
+                _, waiting = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                raised = _raised(tasks)
+            if len(self.ranks) > 1:
+                self.kill()
+            raise self._told(method, tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _told(self, method: str, tasks: list[asyncio.Task]) -> Exception:
+        """The error that explains the others: a death, then what is not about a lost rank, then whatever there is."""
+        for rank, task in zip(self.ranks, tasks, strict=False):
+            error = task.exception() if task.done() else None
+            if isinstance(error, ray.exceptions.RayActorError):
+                return TrainerDied(f"the {rank.name}'s process died during '{method}' ({failures.death(error)})")
+        raised = _raised(tasks)
+        return next((error for error in raised if not _lost_a_peer(error)), raised[0])
+
+
+def _raised(tasks: list[asyncio.Task]) -> list[Exception]:
+    return [error for task in tasks if task.done() and (error := task.exception()) is not None]
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether this is what a collective raises in a rank when another one is gone."""
+    text = str(error)
+    about = ("gloo", "NCCL", "Connection reset", "Connection closed", "Broken pipe")
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and not isinstance(error, ClusterError) and any(word in text for word in about)
+    )

@@ -17,9 +17,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rlzero import placement
 from rlzero.reading import Conflict, read_config
 from trainer.losses import LossOptions
 from trainer.optimizer import OptimizerOptions
+from trainer.parallel import ParallelOptions
 from trainer.policy import PolicyOptions
 
 
@@ -76,7 +78,6 @@ class RolloutOptions(_Section):
 
     engine: Literal["auto", "torch", "vllm"] = "auto"
     workers: Positive = 1
-    threads: NonNegative = 0  # CPU threads of one worker; 0 shares the machine's cores out
     engine_args: dict[str, Any] = {}  # passed to the engine as they are
     max_tokens: Positive = 32_768
     temperature: float = Field(1.0, gt=0)
@@ -91,8 +92,9 @@ class Algorithm(_Section):
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_pp"] = "grpo"
     max_refills: NonNegative = 0  # dynamic sampling (DAPO): waves that replace groups whose rewards are all equal
-    overlong_buffer_tokens: NonNegative = 0  # soft punishment starts this far before max_tokens (DAPO)
-    overlong_penalty: float = Field(1.0, ge=0)  # what a completion of max_tokens loses
+    # Soft punishment (DAPO): it starts this many tokens before max_tokens, 0 never, and a completion of max_tokens
+    # loses that much.
+    overlong: tuple[NonNegative, Annotated[float, Field(ge=0)]] = (0, 1.0)
     mask_truncated: bool = False  # completions cut at max_tokens teach nothing
     reference_refresh_steps: NonNegative = 25  # 400 of the paper's steps; 0 keeps the first reference
 
@@ -118,9 +120,11 @@ class Evaluation(_Section):
 
 
 class Cluster(_Section):
-    """The Ray cluster: none starts one on this machine, `auto` joins the running one, else host:port."""
+    """The Ray cluster: none starts one on this machine, `auto` joins the running one, else host:port. Trainer ranks and
+    rollout workers share GPUs (colocated) or have their own, see rlzero.placement."""
 
     address: str | None = None
+    placement: Literal["auto", "colocated", "disaggregated"] = "auto"
     deadline_s: float = Field(300.0, gt=0)  # for joining, placing and starting the actors
 
 
@@ -132,6 +136,11 @@ NOT_CONFIGURED = {
     "policy.init": "reinforcement learning starts from a trained model; set policy.path to its folder",
     "policy.tokenizer": "a run takes the tokenizer in the folder of policy.path; leave it out",
     "optimizer.total_steps": "follows from steps and batch.minibatches; leave it out",
+    "loss.constant_length": "follows from rollout.max_tokens; leave it out",
+    "loss.teacher_coef": "a run of reinforcement learning has no teacher; leave it out",
+    "parallel.pp": "a run trains whole models on every dp rank (docs/parallel.md, stages); leave it out",
+    "parallel.schedule": "is one of stages, which a run does not have; leave it out",
+    "parallel.deadline_s": "follows from rollout.deadline_s; leave it out",
 }
 UNTRUNCATED = "RL samples from the policy itself, untruncated; only evaluation.top_p can be set"
 
@@ -144,7 +153,8 @@ class Config(_Section):
     steps: Positive = 650
     output_dir: str = "runs"
     staleness: NonNegative = 0  # steps the sampling policy may lag behind; 0 is on-policy
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where the machine of the command has one
+    threads: NonNegative = 0  # CPU threads of each trainer rank and rollout worker; 0 shares the machine's cores out
     policy: PolicyOptions
     data: Data
     rewards: tuple[Reward, ...] = Field(min_length=1)
@@ -155,7 +165,7 @@ class Config(_Section):
     algorithm: Algorithm = Algorithm()
     loss: LossOptions = LossOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
-    trainer_threads: NonNegative = 0  # CPU threads of the trainer; 0 takes what the rollout workers leave
+    parallel: ParallelOptions = ParallelOptions()  # more than one rank: DeepSeek-V3 models only
     checkpoint: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     cluster: Cluster = Cluster()
@@ -163,19 +173,27 @@ class Config(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _end_of_schedule(cls, tree: Any) -> Any:
-        """The learning rate's schedule ends with the run: `optimizer.total_steps` is computed, not configured."""
-        if not isinstance(tree, dict) or not isinstance(tree.get("optimizer", {}), dict):
+    def _computed(cls, tree: Any) -> Any:
+        """Fills in what NOT_CONFIGURED says follows from other fields. Values of the wrong type are left to the fields
+        themselves, which report them."""
+        if not isinstance(tree, dict):
             return tree
-        batch = tree.get("batch") if isinstance(tree.get("batch"), dict) else {}
-        steps, minibatches = tree.get("steps", 650), batch.get("minibatches", 16)
-        if type(steps) is not int or type(minibatches) is not int or steps < 1 or minibatches < 1:
-            return tree  # reported by the fields themselves
-        optimizer, total = tree.get("optimizer", {}), steps * minibatches
-        warmup = optimizer.get("warmup_steps", 0)
-        if type(warmup) is int and optimizer.get("schedule", "constant") != "constant":
-            total = max(total, warmup + 1)  # `conflicts` says what is wrong, in terms of the fields that somebody wrote
-        return {**tree, "optimizer": {"total_steps": total, **optimizer}}
+        sections = {name: tree.get(name, {}) for name in ("batch", "rollout", "optimizer", "loss", "parallel")}
+        batch, rollout, optimizer, loss, parallel = (s if isinstance(s, dict) else None for s in sections.values())
+        found = dict(tree)
+        steps, minibatches = tree.get("steps", 650), (batch or {}).get("minibatches", 16)
+        if optimizer is not None and _count(steps) and _count(minibatches):
+            total, warmup = steps * minibatches, optimizer.get("warmup_steps", 0)
+            if type(warmup) is int and optimizer.get("schedule", "constant") != "constant":
+                total = max(total, warmup + 1)  # `conflicts` says what is wrong, in the fields that somebody wrote
+            found["optimizer"] = {"total_steps": total, **optimizer}
+        longest = (rollout or {}).get("max_tokens", 32_768)
+        if loss is not None and loss.get("aggregation") == "constant" and _count(longest):
+            found["loss"] = {"constant_length": longest, **loss}
+        deadline_s = (rollout or {}).get("deadline_s", 3600.0)
+        if parallel is not None and type(deadline_s) in (int, float) and deadline_s > 0:
+            found["parallel"] = {"deadline_s": deadline_s, **parallel}
+        return found
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -228,9 +246,7 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             f"batch.tokens_per_micro_batch: {batch.tokens_per_micro_batch} cannot hold one sample of "
             f"data.max_prompt_tokens {data.max_prompt_tokens} + rollout.max_tokens {rollout.max_tokens} = {longest}",
         )
-    for name in ("init", "tokenizer"):
-        if getattr(config.policy, name) is not None:
-            yield (f"policy.{name}",), f"policy.{name}: {NOT_CONFIGURED[f'policy.{name}']}"
+    yield from _not_configured(config)
     context = policy_context(config.policy.path)
     if context is not None and longest > context:
         yield (
@@ -247,12 +263,10 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             f"{config.steps} x batch.minibatches {batch.minibatches}) to the {config.optimizer.schedule} schedule; "
             "lower optimizer.warmup_steps or raise steps",
         )
-    elif config.optimizer.total_steps not in (None, updates):
-        yield ("optimizer.total_steps",), f"optimizer.total_steps: {NOT_CONFIGURED['optimizer.total_steps']}"
-    if algorithm.overlong_buffer_tokens >= rollout.max_tokens:
+    if algorithm.overlong[0] >= rollout.max_tokens:
         yield (
-            ("algorithm.overlong_buffer_tokens", "rollout.max_tokens"),
-            f"algorithm.overlong_buffer_tokens: {algorithm.overlong_buffer_tokens} covers the whole completion; "
+            ("algorithm.overlong", "rollout.max_tokens"),
+            f"algorithm.overlong: a buffer of {algorithm.overlong[0]} tokens covers the whole completion; "
             f"it must be smaller than rollout.max_tokens {rollout.max_tokens}",
         )
     if config.evaluation.every and not data.evaluation:
@@ -273,18 +287,12 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             "them for the policy's own; set loss.correction=tis (or icepop), or staleness=0",
         )
     if config.loss.correction == "none":
-        for name, unset in (("correction_low", None), ("correction_high", None), ("correction_level", "token")):
+        for name, unset in (("correction_bounds", None), ("correction_level", "token")):
             if getattr(config.loss, name) != unset:
                 yield (
                     (f"loss.{name}", "loss.correction"),
                     f"loss.{name}: {getattr(config.loss, name)}, but loss.correction is none; set it to tis or icepop",
                 )
-    if config.loss.teacher_coef:
-        yield (
-            ("loss.teacher_coef",),
-            f"loss.teacher_coef: {config.loss.teacher_coef:g}, but a run of reinforcement learning has no teacher; "
-            "leave it out",
-        )
     if algorithm.dynamic_sampling and batch.group_size == 1:
         yield (
             ("algorithm.max_refills", "batch.group_size"),
@@ -301,6 +309,35 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             ("policy.dtype", "policy.recipe"),
             "policy.recipe: fp8 quantizes BF16 weights and policy.dtype is float32; set policy.dtype=bfloat16",
         )
+    yield from placement.conflicts(config, model_fields(config.policy.path) if config.policy.path else {})
+
+
+def _not_configured(config: Config) -> Iterator[Conflict]:
+    """Fields of the trainer's records that somebody set although NOT_CONFIGURED says why nobody does."""
+    constant = config.loss.aggregation == "constant"
+    expected = {
+        "policy.init": (None,),
+        "policy.tokenizer": (None,),
+        # one more than the warm-up: see _computed; the warm-up itself is reported
+        "optimizer.total_steps": (
+            None,
+            config.steps * config.batch.minibatches,
+            max(config.steps * config.batch.minibatches, config.optimizer.warmup_steps + 1),
+        ),
+        "loss.constant_length": (config.rollout.max_tokens if constant else None,),
+        "loss.teacher_coef": (0,),
+        "parallel.pp": (1,),
+        "parallel.schedule": ("1f1b",),
+        "parallel.deadline_s": (config.rollout.deadline_s, ParallelOptions().deadline_s),
+    }
+    for name, values in expected.items():
+        section, _, field = name.partition(".")
+        if getattr(getattr(config, section), field) not in values:
+            yield (name,), f"{name}: {NOT_CONFIGURED[name]}"
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
 
 def policy_context(path: str | None) -> int | None:

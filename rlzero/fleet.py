@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import ray
 
 from rlzero import failures
 from rlzero.cluster import Cluster, ClusterError
-from rollout.engine import Request, Rollout
+from rollout.engine import EngineUnusable, Request, Rollout
 
 GATHER_S = 0.25  # how long a worker collects ended rollouts before it reports them
 
@@ -26,7 +26,10 @@ class Fleet:
         self.deadline_s = cluster.config.rollout.deadline_s
         self.workers = [cluster.worker(i, kind, folder, options) for i in range(cluster.config.rollout.workers)]
         self.open: list[dict[str, Request]] = [{} for _ in self.workers]
-        self.weights: tuple[Any, int] | None = None  # the last published (handle, version)
+        self.weights: tuple[list[Any], int] | None = None  # the last published: a handle for each worker, version
+        self.renew: Callable[[], Awaitable[None]] | None = None  # called where those handles cannot be used again
+        self.bare: set[int] = set()  # workers that were started again and wait for the next publication
+        self.asleep = False
         self.restarts_left = max_restarts
         self.restarts = 0
         self._polls: dict[asyncio.Future, int] = {}
@@ -44,7 +47,8 @@ class Fleet:
             if share:
                 self.open[index].update((r.id, r) for r in share)
                 self._heard_s[index] = time.monotonic()
-                await self._survive(index, "submit", share)
+                if index not in self.bare:
+                    await self._survive(index, "submit", share)
 
     async def completed(self, timeout_s: float = 2.0) -> list[Rollout]:
         """Rollouts that ended on any worker since the last call; [] after `timeout_s` without one."""
@@ -78,18 +82,36 @@ class Fleet:
         return rollouts
 
     def _poll(self, index: int) -> None:
-        if self.open[index] and index not in self._polls.values():
+        if self.open[index] and index not in self.bare and index not in self._polls.values():
             call = self.workers[index].submit("completed", 1.0, gather_s=GATHER_S)
             self._polls[asyncio.wrap_future(call.future())] = index
 
-    async def update(self, handle: Any, version: int) -> None:
-        """Installs published weights in every engine, running requests included."""
-        self.weights = (handle, version)
-        await asyncio.gather(*(self._survive(i, "update", handle, version) for i in range(len(self.workers))))
+    async def update(self, handles: list[Any], version: int) -> None:
+        """Installs published weights in every engine, running requests included; `handles` has one for each worker. A
+        worker that is in `bare` afterwards has died of it, and what the others say of that is not raised."""
+        self.weights = (handles, version)
+        waited, self.bare = self.bare, set()
+        calls = (self._survive(i, "update", handles[i], version) for i in range(len(self.workers)))
+        errors = [e for e in await asyncio.gather(*calls, return_exceptions=True) if isinstance(e, BaseException)]
+        if errors:
+            if not self.bare or not all(isinstance(error, EngineUnusable) for error in errors):
+                raise errors[0]
+            self.bare |= waited
+        for index in waited - self.bare:
+            self._heard_s[index] = time.monotonic()
+            if self.open[index]:
+                await self._survive(index, "submit", list(self.open[index].values()))
 
-    async def each(self, method: str) -> None:
-        """Calls `sleep` or `wake` on every engine."""
-        await asyncio.gather(*(self._survive(i, method) for i in range(len(self.workers))))
+    async def sleep(self) -> None:
+        """Every engine frees its memory for the trainer. One that dies from here on is not started before `wake`: it
+        would take memory that the trainer has."""
+        self.asleep = True
+        await asyncio.gather(*(self._survive(i, "sleep") for i in range(len(self.workers))))
+
+    async def wake(self) -> None:
+        """Undoes `sleep`; an `update` has to follow."""
+        self.asleep = False
+        await asyncio.gather(*(self._survive(i, "wake") for i in range(len(self.workers))))
 
     async def score(self, sequences: list[list[int]], temperature: float) -> list[list]:
         """Every engine's log-probabilities of `sequences`, one list a worker."""
@@ -101,6 +123,8 @@ class Fleet:
         try:
             return await self.workers[index].call(method, *args, deadline_s=self.deadline_s)
         except ray.exceptions.RayActorError as error:
+            if self.asleep:
+                return None
             await self._revive(index, error)
             return await self._survive(index, method, *args) if method == "score" else None
 
@@ -117,9 +141,13 @@ class Fleet:
         worker = self.workers[index] = self.cluster.worker(index, self.kind, self.folder, self.options)
         try:
             await worker.opened(self.cluster.config.cluster.deadline_s)
-            if self.weights is not None:
-                await worker.call("update", *self.weights, deadline_s=self.deadline_s)
-            if self.open[index]:
+            if self.weights is not None and self.renew is not None:
+                self.bare.add(index)
+                await self.renew()  # gives it weights and its requests, now or with the next publication
+            elif self.weights is not None:
+                handles, version = self.weights
+                await worker.call("update", handles[index], version, deadline_s=self.deadline_s)
+            if self.open[index] and self.renew is None:
                 await worker.call("submit", list(self.open[index].values()), deadline_s=self.deadline_s)
         except ray.exceptions.RayActorError as again:  # placed on a node whose death Ray had not noticed yet, say
             await self._revive(index, again)

@@ -65,11 +65,10 @@ def grade(groups: list[Group], specs: tuple[Reward, ...], algorithm: Algorithm, 
     valid = ~np.isnan(raw)
     rewards = np.where(valid, raw, 0.0)
     degenerate = advantages.degenerate(rewards, valid)
-    if algorithm.overlong_buffer_tokens:
+    buffer_tokens, penalty = algorithm.overlong
+    if buffer_tokens:
         lengths = np.array([[len(r.tokens) for r in group.rollouts] for group in groups])
-        rewards += valid * advantages.overlong_penalty(
-            lengths, max_tokens, algorithm.overlong_buffer_tokens, algorithm.overlong_penalty
-        )
+        rewards += valid * advantages.overlong_penalty(lengths, max_tokens, buffer_tokens, penalty)
     return Graded(groups, rewards, valid, degenerate)
 
 

@@ -88,7 +88,7 @@ def train_from_dump(config: Config, path: Path, resume: bool) -> dict[str, float
     graded = grade(dump.load(path), config.rewards, config.algorithm, config.rollout.max_tokens)
     trainer = Trainer(
         config.policy, config.optimizer, config.loss,
-        seed=config.seed, threads=config.trainer_threads, device=config.device,
+        seed=config.seed, threads=config.threads, device=config.device,
     )  # fmt: skip
     if resume:
         newest = checkpoint.latest(checkpoints(config.run_dir))

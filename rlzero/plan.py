@@ -11,7 +11,6 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rlzero.config import Config
 
@@ -121,15 +120,14 @@ def make_plan(config: Config) -> Plan | None:
     )
 
 
-def describe(config: Config, plan: Plan | None, bundles: list[dict[str, float]]) -> list[str]:
-    """The plan as lines of text: batch, memory, placement. `bundles` are the Ray resources, the trainer's first."""
+def describe(config: Config, plan: Plan | None, placement: list[str]) -> list[str]:
+    """The plan as lines of text: batch, memory, and the lines of the placement between them."""
     batch = config.batch
     lines = [
         f"step       {batch.prompts} prompts x {batch.group_size} = {batch.prompts * batch.group_size} completions of "
         f"up to {config.rollout.max_tokens} tokens, {batch.minibatches} updates; staleness {config.staleness}",
         f"run        {config.steps} steps, {config.steps * batch.minibatches} updates, into {config.run_dir}",
-        f"placement  trainer: {resources(bundles[0])}; {len(bundles) - 1} rollout worker(s): {resources(bundles[-1])} "
-        f"each; {config.reward_workers} reward processes",
+        *placement,
     ]
     if plan is None:
         return [*lines, f"memory     unknown: {config.policy.path} holds no weights (yet)"]
@@ -156,10 +154,6 @@ def shortage(config: Config, plan: Plan) -> str | None:
         f"the run needs at least {size(exact)} for weights, gradients and optimizer, and this machine has "
         f"{size(there)} of memory; use a smaller policy, or a cluster (cluster.address)"
     )
-
-
-def resources(bundle: dict[str, Any]) -> str:
-    return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items())
 
 
 def count(number: float) -> str:

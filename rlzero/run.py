@@ -21,6 +21,7 @@ from rlzero.data import PromptStream, load_prompts, load_tokenizer
 from rlzero.fleet import Fleet
 from rlzero.groups import Graded, Group
 from rlzero.metrics import Written
+from rlzero.placement import engine_gpus, on_gpus, sleep_level
 from rlzero.reading import UsageError
 from rlzero.runlog import RunLog
 from rollout import probe
@@ -60,8 +61,6 @@ class Run:
 
     def __init__(self, config: Config, resume: bool, watch: Callable[[str, dict], None] = lambda event, data: None):
         self.config, self.watch = config, watch
-        if self.takes_turns and config.staleness:
-            raise UsageError("rollout.engine_args.sleep_level: engines that write while others train cannot sleep")
         self.dir = config.run_dir
         self.step = 0  # the next step to train
         self.stopping = False
@@ -73,6 +72,9 @@ class Run:
         self.log = RunLog(self.dir, config.tracking)
         self.version = -1  # of the policy that the engines hold
         self._published = asyncio.Condition()
+        self._trainer_works = False  # its weights are about to change; see `make_room`
+        self._handing_over = asyncio.Lock()  # held while engines take weights
+        self._restarts_known = 0  # of workers, to the transport
         self._open: dict[str, OpenGroup] = {}
         self._pump: asyncio.Task | None = None  # carries rollouts and scores while groups are open
         self._writing: asyncio.Task | None = None  # collects the groups of coming steps
@@ -94,18 +96,26 @@ class Run:
         try:
             kind, reason = engine(config)
             self.watch(f"engine: {kind} ({reason})", {})
+            placed = self.cluster.placement
+            self.watch(f"placement: {placed.choice.kind} ({placed.choice.reason}), {placed.choice.transport}", {})
             self.cluster.__enter__()
             self.trainer = self.cluster.trainer(
-                config.policy, config.optimizer, config.loss, seed=config.seed, device=config.device
-            )
+                config.policy, config.optimizer, config.loss,
+                seed=config.seed, device="cuda" if on_gpus(config) else "cpu", parallel=config.parallel,
+            )  # fmt: skip
             folder = str(config.policy.path)
             if self.start_from is not None:
                 await self.trainer.ready(config.cluster.deadline_s)
                 state = await self.trainer.call("load", str(self.start_from))
                 self._restore(state)
                 folder = str(self.start_from)
-            self.fleet = Fleet(self.cluster, kind, folder, self._engine_options())
-            self.transport = transport(config)
+            if placed.shares_gpus:  # an engine takes what it finds free, and does not bear that it changes meanwhile
+                await self.trainer.ready(config.cluster.deadline_s)
+                await self.trainer.call("release")
+            self.fleet = Fleet(self.cluster, kind, folder, self._engine_options(kind))
+            self.transport = transport(config, placed.choice.transport)
+            if isinstance(self.transport, IpcTransport | NcclTransport):
+                self.fleet.renew = self.renew_weights
             await asyncio.gather(self.trainer.ready(config.cluster.deadline_s), self.fleet.ready())
             await self.publish(version=self.step)
         except BaseException:
@@ -130,8 +140,13 @@ class Run:
         if self._writing is not None:
             self._writing.cancel()
 
-    def _engine_options(self) -> dict[str, Any]:
-        return {"dtype": self.config.policy.dtype, "seed": self.config.seed, **self.config.rollout.engine_args}
+    def _engine_options(self, kind: str) -> dict[str, Any]:
+        config = self.config
+        options = {"dtype": config.policy.dtype, "seed": config.seed, "sleep_level": self.sleep_level}
+        if kind == "vllm" and engine_gpus(config) > 1:
+            # Else vLLM, which sees that it runs in a placement group of Ray's, looks there for GPUs of its own.
+            options["distributed_executor_backend"] = "mp"
+        return {**options, **config.rollout.engine_args}
 
     def error(self, message: str) -> RunError:
         return RunError(message)
@@ -209,28 +224,50 @@ class Run:
     # --- weights -----------------------------------------------------------------------------------------------------
 
     @property
-    def takes_turns(self) -> bool:
-        """Trainer and engines share a device that does not hold both (rollout.engine_args: sleep_level): the engines
-        sleep while the trainer works."""
-        return bool(self.config.rollout.engine_args.get("sleep_level"))
+    def sleep_level(self) -> int:
+        """What the engines free while the trainer works: 0 where the device holds both, and nobody ever sleeps."""
+        return sleep_level(self.config, self.cluster.placement)
 
     async def make_room(self) -> None:
-        """Called before the trainer works; `publish` ends it. Where both fit nobody ever sleeps."""
-        if self.takes_turns:
-            await self.fleet.each("sleep")
+        """Called before the trainer works; `publish` ends it. From here on the weights are those of no version."""
+        async with self._handing_over:
+            self._trainer_works = True
+        if self.sleep_level:
+            await self.fleet.sleep()
 
     async def publish(self, version: int) -> None:
         """Hands the trainer's weights to every engine and compares log-probabilities on the probe: that alone sees
         what an engine derived or repacked from them."""
-        if self.takes_turns:
-            await self.trainer.call("release")  # before the engines take their memory back, never after
-            await self.fleet.each("wake")
-        handle = await self.trainer.call("publish", self.transport, version)
-        await self.fleet.update(handle, version)
+        async with self._handing_over:
+            if self.sleep_level:
+                await self.trainer.call("release")  # before the engines take their memory back, never after
+                await self.fleet.wake()  # starts those that died asleep
+            await self._hand_over(version)
+            self._trainer_works = False
         async with self._published:
             self.version = version
             self._published.notify_all()
         await self.check_agreement(version)
+
+    async def renew_weights(self) -> None:
+        """Called by the fleet when a worker was started again and has no current weights: a publication that engines
+        read from the trainer itself is not there for a second reading. While the trainer works there is none; then, and
+        in the middle of a publication, the worker gets its weights with the others."""
+        if self._trainer_works or self._handing_over.locked():
+            return
+        async with self._handing_over:
+            await self._hand_over(self.version)
+
+    async def _hand_over(self, version: int) -> None:
+        """The trainer's weights into every engine. When a worker dies meanwhile, all of them take them once more."""
+        while True:
+            if self._restarts_known != self.fleet.restarts:
+                self._restarts_known = self.fleet.restarts
+                await self.trainer.call("forget_transport")
+            handle = await self.trainer.call("publish", self.transport, version)
+            await self.fleet.update([handle] * len(self.fleet.workers), version)
+            if not self.fleet.bare:
+                return
 
     async def check_agreement(self, version: int) -> None:
         """Raises `RunError` where an engine's log-probabilities on the probe are further from the trainer's than
@@ -322,18 +359,18 @@ class Run:
 def engine(config: Config) -> tuple[str, str]:
     """The engine that writes and the reason for it. Raises `UsageError` where the one asked for cannot run here."""
     try:
-        return choose_engine(config.rollout.engine)
+        return choose_engine(config.rollout.engine, engine_gpus(config) if on_gpus(config) else 0)
     except RuntimeError as error:
         raise UsageError(f"rollout.engine: {error}") from error
 
 
-def transport(config: Config) -> Transport:
-    """How weights reach the engines: through Ray's object store unless the config names another way."""
-    if config.rollout.transport == "disk":
+def transport(config: Config, name: str) -> Transport:
+    """How weights reach the engines, by the name that the placement came to."""
+    if name == "disk":
         return DiskTransport(config.run_dir / "weights")
-    if config.rollout.transport == "ipc":
+    if name == "ipc":
         return IpcTransport()
-    if config.rollout.transport == "nccl":
+    if name == "nccl":
         return NcclTransport(config.rollout.workers)
     return ObjectStoreTransport()
 

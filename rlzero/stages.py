@@ -100,7 +100,7 @@ def pretrain(config: BaseConfig, say: Callable[[dict[str, float]], None], steps:
     tokenizer = base_text.tokenizer()
     init = {**config.init, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     trainer = Trainer(
-        PolicyOptions(init=init, dtype=config.dtype, freeze_router_bias=False),
+        PolicyOptions(init=init, dtype=config.dtype),
         config.optimizer,
         None,
         seed=config.seed,

@@ -18,7 +18,7 @@ so the losses of all micro-batches of a step add up to the step's loss, however 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -55,17 +55,13 @@ class LossOptions(BaseModel):
     teacher_coef: float = Field(0.0, ge=0)  # on-policy distillation: weight of the reverse KL to the teacher
     correction: Correction = "none"
     correction_level: CorrectionLevel = "token"
-    correction_low: float | None = Field(None, ge=0)  # none takes the paper's bound, see CORRECTION_BOUNDS
-    correction_high: float | None = Field(None, gt=0)
+    # [low, high] of the correction weight; none takes the paper's, see CORRECTION_BOUNDS
+    correction_bounds: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] | None = None
 
     @property
-    def correction_bounds(self) -> tuple[float, float]:
+    def bounds(self) -> tuple[float, float]:
         """Lower and upper bound of the correction weight."""
-        low, high = CORRECTION_BOUNDS[self.correction]
-        return (
-            low if self.correction_low is None else self.correction_low,
-            high if self.correction_high is None else self.correction_high,
-        )
+        return self.correction_bounds or CORRECTION_BOUNDS[self.correction]
 
     @model_validator(mode="after")
     def _complete(self) -> LossOptions:
@@ -74,9 +70,9 @@ class LossOptions(BaseModel):
                 f"constant_length is {self.constant_length} and aggregation is {self.aggregation}; aggregation "
                 "constant needs a constant_length (the longest completion, in tokens), the others take none"
             )
-        low, high = self.correction_bounds
+        low, high = self.bounds
         if low > high:
-            raise ValueError(f"correction_low {low} is above correction_high {high}")
+            raise ValueError(f"correction_bounds: the lower bound {low} is above the upper bound {high}")
         return self
 
 
@@ -318,7 +314,7 @@ def policy_loss(
         gap = old - behaviour
         metrics |= gap_metrics(old, behaviour)
         ratio = correction_ratio(gap, documents, count, options.correction_level)
-        weight, bounded = correction_weight(ratio, options.correction, *options.correction_bounds)
+        weight, bounded = correction_weight(ratio, options.correction, *options.bounds)
         per_token = weight * per_token
         metrics["correction"] = _sum_and_count(weight)
         metrics["correction_fraction"] = _sum_and_count(bounded)

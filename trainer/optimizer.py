@@ -39,7 +39,8 @@ class OptimizerOptions(BaseModel):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     moments: Literal["float32", "bfloat16"] = "float32"  # what AdamW's are kept in; Muon's momentum is float32
     max_grad_norm: float = Field(1.0, gt=0)
-    router_bias_gamma: float = Field(0.0, ge=0)  # a router's bias moves by this after a step (section 2.1.2); 0: never
+    # A router's bias moves by this after a step (section 2.1.2); 0: never, RL keeps the balance of pre-training.
+    router_bias_gamma: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _decay_needs_an_end(self) -> OptimizerOptions:

@@ -53,10 +53,13 @@ class ParallelOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Which of the ranks this process is and where they meet: host:port of rank 0."""
+    """Which of the ranks this process is and where they meet: host:port of rank 0. `listening`: on rank 0, the file
+    descriptor of a socket that is bound to the address already, so that nobody takes the port meanwhile and none but
+    that address is listened at."""
 
     rank: int
     address: str
+    listening: int | None = None
 
     @classmethod
     def from_environment(cls) -> Rendezvous:
@@ -65,6 +68,14 @@ class Rendezvous:
         if missing:
             raise ValueError(f"{', '.join(missing)} not set: start with torchrun, or give a Rendezvous")
         return cls(int(os.environ["RANK"]), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+
+    def meeting(self, size: int, deadline: timedelta) -> dict[str, Any]:
+        """How init_process_group is told where. At an address of torchrun's there is a store already."""
+        if self.address == f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}":
+            return {"init_method": f"tcp://{self.address}"}
+        host, _, port = self.address.rpartition(":")
+        first = self.rank == 0
+        return {"store": dist.TCPStore(host, int(port), size, first, deadline, master_listen_fd=self.listening)}
 
 
 @dataclass(frozen=True)
@@ -91,12 +102,13 @@ class Ranks:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank {self.rank} of {self.size} (dp {options.dp} x pp {options.pp}): no such rank")
         if not dist.is_initialized():
+            deadline = timedelta(seconds=options.deadline_s)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                init_method=f"tcp://{rendezvous.address}",
+                **rendezvous.meeting(self.size, deadline),
                 rank=self.rank,
                 world_size=self.size,
-                timeout=timedelta(seconds=options.deadline_s),
+                timeout=deadline,
             )
         self.pp_rank, self.dp_rank = divmod(self.rank, options.dp)
         self.ep_rank = self.dp_rank % options.ep

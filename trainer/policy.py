@@ -45,7 +45,6 @@ class PolicyOptions(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recipe: Literal["bf16", "fp8", "fp8_emulated"] = "bf16"
     activation_checkpointing: bool | Literal["selective"] = False  # see trainer.model.v3.V3Model
-    freeze_router_bias: bool = True  # RL keeps the balance that pre-training found
 
     @model_validator(mode="after")
     def _one_source(self) -> PolicyOptions:

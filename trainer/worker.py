@@ -73,7 +73,6 @@ class Trainer:
             self.reference = self.policy.frozen_copy()
         self.optimizer = Optimizer(self.policy.module.named_parameters(), optimizer, self.ranks.norm_groups)
         self._load: Tensor | None = None  # of the router, this rank's real micro-batches; see _turns
-        self._move_bias = not policy.freeze_router_bias and optimizer.router_bias_gamma > 0
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -170,7 +169,7 @@ class Trainer:
         load = self.ranks.sum(load)
         seen = Readback(load)  # nobody waits for the update to see it
         metrics = self.optimizer.step() | router_metrics(seen.tensor(), self.policy.router_layers)
-        if self._move_bias:
+        if self.optimizer.options.router_bias_gamma > 0:
             self.policy.update_router_bias(load, self.optimizer.options.router_bias_gamma)
         return metrics
 

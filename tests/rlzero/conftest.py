@@ -82,13 +82,13 @@ def write_config(tiny_policy, tmp_path_factory) -> Callable[..., Path]:
 
     def write(folder: Path, reward: str = "letters", **changes: Any) -> Path:
         tree = {
-            "name": "tiny", "output_dir": str(folder / "runs"), "steps": STEPS, "device": "cpu", "trainer_threads": 1,
+            "name": "tiny", "output_dir": str(folder / "runs"), "steps": STEPS, "device": "cpu", "threads": 1,
             "policy": {"path": str(tiny_policy), "dtype": "float32"},
             "data": {"train": "countdown", "evaluation": "countdown", "params": {"count": 64}, "max_prompt_tokens": 64},
             "rewards": [{"fn": "rewards.countdown:countdown_reward"}, {"fn": f"{rewards}:{reward}", "weight": 0.5}],
             "reward_workers": 1,
             "batch": {"prompts": 3, "group_size": 3, "minibatches": 1, "tokens_per_micro_batch": 256},
-            "rollout": {"engine": "torch", "threads": 1, "max_tokens": 24, "max_gap": 1e-4},
+            "rollout": {"engine": "torch", "max_tokens": 24, "max_gap": 1e-4},
             "loss": {"kl_coef": 0.01}, "algorithm": {"reference_refresh_steps": 3},
             "optimizer": {"lr": 1e-3, "weight_decay": 0, "warmup_steps": 2},
             "checkpoint": {"every": 1, "keep": 100}, "evaluation": {"samples": 2, "prompts": 4, "every": 4},

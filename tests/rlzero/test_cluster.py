@@ -19,8 +19,9 @@ import pytest
 import ray
 
 from rlzero import cluster, launch, loop
-from rlzero.cluster import Cluster, ClusterError, Placement, check_resources, plan
+from rlzero.cluster import Cluster, ClusterError, check_resources
 from rlzero.config import Config
+from rlzero.placement import plan
 from rlzero.reading import UsageError
 from rlzero.run import Run
 from rlzero.runlog import read_lines
@@ -34,26 +35,28 @@ pytestmark = pytest.mark.timeout(300)
 
 def test_synchronous_processes_share_cores_in_turn_and_asynchronous_ones_at_once(write_config, tmp_path):
     def threads(**changes) -> tuple[int, int]:
-        changes = {"trainer_threads": 0, "rollout.threads": 0, "loss.correction": "tis", **changes}
+        changes = {"threads": 0, "loss.correction": "tis", **changes}
         placement = plan(Config.load(write_config(tmp_path, **changes)), cores=12)
-        return placement.trainer_threads, placement.worker_threads
+        return placement.rank_threads, placement.worker_threads
 
     assert threads() == (12, 12)
     assert threads(**{"rollout.workers": 3}) == (12, 4)
     assert threads(**{"rollout.workers": 3}, staleness=1) == (3, 3)
     assert threads(**{"rollout.workers": 30}) == (12, 1)
-    assert threads(trainer_threads=5, **{"rollout.threads": 7}) == (5, 7)
+    assert threads(**{"parallel.dp": 2, "rollout.workers": 3}) == (6, 4)
+    assert threads(**{"parallel.dp": 3, "rollout.workers": 3}, staleness=1) == (2, 2)
+    assert threads(threads=5) == (5, 5)
 
 
 def test_more_processes_than_cores_are_placed_and_the_plan_says_how_they_share_them(write_config, tmp_path):
     """A Ray of the run's own offers what the run needs: processes that take turns are no shortage."""
     workers = os.cpu_count() or 1
-    config = Config.load(write_config(tmp_path, **{"rollout.workers": workers, "rollout.threads": 0}))
+    config = Config.load(write_config(tmp_path, threads=0, **{"rollout.workers": workers}))
     placement = plan(config, cores=workers)
     assert placement.worker_threads == 1 and placement.local_cpus == workers + 1
-    said = placement.describe(together=False, cores=workers)
+    said = placement.threads_line(together=False, cores=workers)
     assert f"in turn: at most {workers} busy on {workers} core(s); a Ray of the run's own is told of" in said
-    assert "slow each other down" in placement.describe(together=True, cores=workers)
+    assert "slow each other down" in placement.threads_line(together=True, cores=workers)
     ray.shutdown()
     with Cluster(config) as started:
         assert ray.cluster_resources()["CPU"] == workers + 1
@@ -67,7 +70,7 @@ def test_more_processes_than_cores_are_placed_and_the_plan_says_how_they_share_t
 class Picky:
     """Stands for a trainer or an engine: what it raises is raised in a process of its own."""
 
-    def __init__(self, threads: int, broken: str = ""):
+    def __init__(self, broken: str = ""):
         if broken:
             raise {"path": FileNotFoundError, "bug": RuntimeError}[broken](f"no {broken} here")
 
@@ -84,7 +87,7 @@ class Picky:
 
 def test_what_an_actor_raises_arrives_as_it_was_raised(local_ray, write_config, tmp_path):
     async def go(started: Cluster) -> None:
-        actor = started.start(Picky, 1, "rollout worker 0", (), {"threads": 1})
+        actor = started.start(Picky, started.placement.workers[0], "rollout worker 0", (), {}, threads=1)
         await actor.opened(60)
         with pytest.raises(CheckpointError) as caught:
             await actor.call("save", deadline_s=60)
@@ -101,8 +104,9 @@ def test_what_an_actor_raises_arrives_as_it_was_raised(local_ray, write_config, 
 
 def test_a_constructor_that_raises_is_no_death(local_ray, write_config, tmp_path):
     async def go(started: Cluster) -> None:
-        for index, broken, error in ((0, "path", UsageError), (1, "bug", RuntimeError)):
-            actor = started.start(Picky, index, f"actor {index}", (), {"threads": 1, "broken": broken})
+        places = [*started.placement.ranks, *started.placement.workers]
+        for place, broken, error in zip(places, ("path", "bug"), (UsageError, RuntimeError), strict=True):
+            actor = started.start(Picky, place, f"actor {broken}", (), {"broken": broken}, threads=1)
             with pytest.raises(error, match=f"no {broken} here"):
                 await actor.opened(60)
 
@@ -118,17 +122,17 @@ def test_a_run_that_needs_more_than_there_is_fails_with_both_lists(local_ray, wr
     with pytest.raises(ClusterError) as caught:
         Cluster(config).__enter__()
     message = str(caught.value)
-    assert "3 of 6 processes find no node" in message
+    assert "3 of 6 bundles of processes find no node" in message
     needed, there = message.split("needed (")[1].split("nodes of the cluster:")
-    assert needed.count("1 CPU") == 6 and there.count("3 CPU") == 1
+    assert needed.count("1 CPU:") == 6 and there.count("3 CPU") == 1
     groups = ray.util.placement_group_table().values()
     assert all(group["state"] == "REMOVED" for group in groups)  # nothing was started
 
 
-def test_gpus_that_are_not_there_are_missed(local_ray):
-    placement = Placement({"CPU": 1.0, "GPU": 1.0}, [{"CPU": 1.0, "GPU": 1.0}], 1, 1)
-    with pytest.raises(ClusterError, match=r"2 of 2 processes(.|\n)*1 CPU, 1 GPU(.|\n)*nodes(.|\n)*3 CPU"):
-        check_resources(placement)
+def test_gpus_that_are_not_there_are_missed(local_ray, write_config, tmp_path):
+    config = Config.load(write_config(tmp_path, device="cuda", **{"cluster.placement": "disaggregated"}))
+    with pytest.raises(ClusterError, match=r"2 of 2 bundles(.|\n)*1 CPU \+ 1 GPU(.|\n)*nodes(.|\n)*3 CPU"):
+        check_resources(plan(config))
 
 
 def test_an_address_where_no_cluster_answers_is_named():

@@ -161,7 +161,7 @@ def test_advantages_and_aggregation(stepped, written, kind, aggregation):
 
 
 def test_dr_grpo_divides_every_completion_by_one_constant(stepped, written):
-    changes = {"loss.aggregation": "constant", "loss.constant_length": 24, "algorithm.advantage": "dr_grpo"}
+    changes = {"loss.aggregation": "constant", "algorithm.advantage": "dr_grpo"}
     expected = expected_loss(plain(written, "dr_grpo"), "constant", 24)
     assert stepped(**changes)["policy_loss"] == pytest.approx(expected, abs=BOUND)
 
@@ -174,7 +174,7 @@ def test_truncated_completions_are_masked_but_stay_in_their_groups_statistics(st
 
 
 def test_overlong_completions_lose_reward_before_the_statistics(stepped, written):
-    found = stepped(**{"algorithm.overlong_buffer_tokens": 10, "algorithm.overlong_penalty": 0.7})
+    found = stepped(**{"algorithm.overlong": [10, 0.7]})
     _, made, logprobs = written
     rewards = [
         [None if r is None else r - 0.7 * max(0, len(o.tokens) - 14) / 10 for r, o in zip(rs, g.rollouts, strict=True)]

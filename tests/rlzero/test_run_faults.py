@@ -113,8 +113,12 @@ def ids(groups: list[Group]) -> list[tuple[str, int]]:
     return [(rollout.prompt_id, rollout.sample) for group in groups for rollout in group.rollouts]
 
 
-def test_a_killed_worker_comes_back_with_current_weights_and_answers_everything_once(local_ray, write_config, tmp_path):
-    config = write_config(tmp_path, **{"rollout.workers": 2, "data.evaluation": None, "evaluation.every": 0})
+@pytest.mark.parametrize("transport", ["object_store", "ipc", "nccl"])
+def test_a_killed_worker_comes_back_with_current_weights_and_answers_everything_once(
+    transport, local_ray, write_config, tmp_path
+):
+    changes = {"rollout.workers": 2, "data.evaluation": None, "evaluation.every": 0, "rollout.transport": transport}
+    config = write_config(tmp_path, **changes)
 
     async def go() -> None:
         async with open_run(config) as run:
@@ -137,6 +141,38 @@ def test_a_killed_worker_comes_back_with_current_weights_and_answers_everything_
             answer = await run.fleet.workers[1].call("ping", deadline_s=30)
             assert answer["pid"] != victim and answer["version"] == 1
             await run.check_agreement(version=1)  # raises where the new engine holds other weights than the trainer
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("transport", ["ipc", "nccl"])
+def test_a_worker_killed_while_the_trainer_works_waits_for_the_next_weights(
+    transport, local_ray, write_config, tmp_path
+):
+    """These transports read the trainer's own memory, in which a step is changing the weights: there is no version to
+    give to the new worker before the step's end."""
+    changes = {"staleness": 1, "loss.correction": "tis", "rollout.workers": 2, "rollout.transport": transport}
+    config = write_config(tmp_path, **changes, **{"data.evaluation": None, "evaluation.every": 0})
+
+    async def go() -> None:
+        async with open_run(config) as run:
+            graded = await loop.collect(run, 0)
+            batches = loop.minibatches(loop.to_samples(graded, run.config.algorithm), run.config)
+            victim = (await run.fleet.workers[1].call("ping", deadline_s=30))["pid"]
+            await run.make_room()
+            writing = asyncio.create_task(run.write("1.0", run.prompts.take(20), 3, run.sampling))
+            await some_open(run, 1)
+            os.kill(victim, signal.SIGKILL)
+            async with asyncio.timeout(60):
+                while not run.fleet.bare:
+                    await asyncio.sleep(0.05)
+            await run.trainer.call("step", batches)
+            assert run.fleet.bare == {1} and run.fleet.open[1] and not writing.done()
+            await run.publish(version=1)  # raises where an engine then holds other weights than the trainer
+            groups = await writing
+            assert not run.fleet.bare and run.fleet.restarts == 1
+            late = [r for g in groups[1::2] for r in g.rollouts if 0 not in dict(r.versions)]
+            assert late and all(r.versions == [(1, len(r.tokens))] for r in late)
 
     asyncio.run(go())
 
@@ -189,7 +225,7 @@ def test_a_trainer_that_dies_between_publishing_and_receiving_counts_as_a_dead_t
             trainer.kill()
             trainer.wait(10)
             with pytest.raises(TrainerDied):
-                await run.fleet.update(handle, 1)
+                await run.fleet.update([handle], 1)
                 await run.check_agreement(1)
 
     asyncio.run(go())

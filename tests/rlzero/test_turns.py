@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
+import psutil
 import pytest
 
 from rlzero import loop
@@ -46,6 +49,35 @@ def test_sleeping_engines_and_shared_buffers_change_no_number(local_ray, write_c
         lines.append(read_lines(config.run_dir / "metrics.jsonl"))
     for name in ("reward_mean", "policy_loss", "grad_norm", "length_mean", "sync_gap"):
         assert [line[name] for line in lines[0]] == [line[name] for line in lines[1]], name
+
+
+@pytest.mark.parametrize("transport", ["object_store", "ipc"])
+def test_a_worker_that_dies_asleep_comes_back_when_the_trainer_has_made_room(
+    transport, local_ray, write_config, tmp_path
+):
+    """Started at once it would take memory in which the trainer works."""
+    changes = {"rollout.transport": transport, "rollout.engine_args": {"sleep_level": 2}, "rollout.workers": 2}
+    config = Config.load(write_config(tmp_path, **changes, **{"data.evaluation": None, "evaluation.every": 0}))
+
+    async def go() -> None:
+        async with Run(config, resume=False) as run:
+            graded = await loop.collect(run, 0)
+            pids = [(await worker.call("ping", deadline_s=30))["pid"] for worker in run.fleet.workers]
+            os.kill(pids[1], signal.SIGKILL)
+            psutil.Process(pids[1]).wait(10)
+            await run.make_room()  # tells a dead worker to sleep
+            batches = loop.minibatches(loop.to_samples(graded, config.algorithm), config)
+            await run.trainer.call("step", batches)
+            os.kill(pids[0], signal.SIGKILL)  # and this one dies while it sleeps
+            assert run.fleet.restarts == 0 and run.fleet.asleep
+            await run.publish(version=1)  # raises where an engine then holds other weights than the trainer
+            assert run.fleet.restarts == 2
+            answers = [await worker.call("ping", deadline_s=30) for worker in run.fleet.workers]
+            assert [answer["version"] for answer in answers] == [1, 1]
+            groups = await run.write("1.0", run.prompts.take(4), 2, run.sampling)
+            assert all(r.versions == [(1, len(r.tokens))] for g in groups for r in g.rollouts)
+
+    asyncio.run(go())
 
 
 def test_engines_that_write_while_the_trainer_trains_are_not_sent_to_sleep(write_config, tmp_path):

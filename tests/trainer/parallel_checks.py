@@ -34,12 +34,12 @@ class Pair:
     def __init__(self, kind: str, rank: int, address: str, folder: Path, device: str):
         self.kind, self.rank, self.address, self.folder, self.device = kind, rank, address, folder, device
 
-    def trainer(self, parallel: dict | None, dtype="float32", frozen=True, path=None, loss=RL, **optimizer) -> Trainer:
+    def trainer(self, parallel: dict | None, dtype="float32", path=None, loss=RL, **optimizer) -> Trainer:
         """A trainer of this rank alone, or of both. Without momentum the first moment is the gradient, unclipped."""
         optimizer = {"lr": 1e-2, "betas": (0.0, 0.95), "max_grad_norm": 1e9, **optimizer}
         source = {"init": V3} if path is None else {"path": str(path)}
         return Trainer(
-            PolicyOptions(**source, dtype=dtype, freeze_router_bias=frozen), OptimizerOptions(**optimizer), loss,
+            PolicyOptions(**source, dtype=dtype), OptimizerOptions(**optimizer), loss,
             seed=5, device=self.device, parallel=ParallelOptions(**(parallel or {}), deadline_s=600),
             rendezvous=Rendezvous(self.rank, self.address),
         )  # fmt: skip
@@ -124,7 +124,7 @@ def every_way_of_summing(pair: Pair) -> dict[str, float]:
 
 def pretraining(pair: Pair) -> dict[str, float]:
     """Cross-entropy with multi-token prediction, balance loss over the step's batch, router biases that move."""
-    one, two = pair.both(frozen=False, router_bias_gamma=1e-2, loss=None, lr=1e-3)
+    one, two = pair.both(router_bias_gamma=1e-2, loss=None, lr=1e-3)
     batches, single = pack(documents(6, seed=3), 40), pack(documents(2, seed=4), 64)
     assert len(batches) == 3 and len(single) == 1
     metrics = [t.next_token_step(batches, 0.3, "batch", 1e-2) for t in (one, two)]

@@ -24,8 +24,7 @@ EXPERTS, K = 8, 2
 
 def trainer(init=V3, **options):
     loss = options.pop("loss", None)
-    frozen = options.pop("frozen", True)
-    policy = PolicyOptions(init=init, dtype="float32", freeze_router_bias=frozen)
+    policy = PolicyOptions(init=init, dtype="float32")
     optimizer = OptimizerOptions(**{"lr": 1e-2, "weight_decay": 0.0, **options})
     return Trainer(policy, optimizer, loss, seed=5, threads=1, device="cpu")
 
@@ -207,12 +206,12 @@ def test_every_layers_violation_is_among_a_steps_metrics(kind):
     assert metrics["router_max_violation"] == pytest.approx(mean)
 
 
-def test_the_bias_moves_in_next_token_steps_where_it_is_not_frozen():
+def test_the_bias_moves_in_next_token_steps_by_gamma():
     biases = {}
-    for frozen in (True, False):
-        t = trainer(frozen=frozen, router_bias_gamma=0.01)
+    for gamma in (0.0, 0.01):
+        t = trainer(router_bias_gamma=gamma)
         t.next_token_step(pack(samples(), 1000), mtp_weight=0.1, balance="sequence", balance_weight=1e-4)
-        biases[frozen] = [router.bias for router in t.policy.module.routers()]
-    assert not any(bias.any() for bias in biases[True])
-    for bias in biases[False]:  # the depth of multi-token prediction has a router too
+        biases[gamma] = [router.bias for router in t.policy.module.routers()]
+    assert not any(bias.any() for bias in biases[0.0])
+    for bias in biases[0.01]:  # the depth of multi-token prediction has a router too
         assert set(bias.abs().tolist()) <= {0.0, np.float32(0.01).item()} and bias.any()

@@ -390,8 +390,7 @@ def test_corrections_weigh_the_policy_loss(loss_name, correction, low, high, lev
             aggregation="token",
             correction=correction,
             correction_level=level,
-            correction_low=low,
-            correction_high=high,
+            correction_bounds=(low, high),
         ),
         reference,
     )
@@ -399,10 +398,10 @@ def test_corrections_weigh_the_policy_loss(loss_name, correction, low, high, lev
 
 def test_open_bounds_are_those_of_the_papers():
     ratios = torch.tensor([0.1, 0.4, 1.0, 3.0, 7.0])
-    assert correction_weight(ratios, "tis", *options(correction="tis").correction_bounds)[0].tolist() == pytest.approx(
+    assert correction_weight(ratios, "tis", *options(correction="tis").bounds)[0].tolist() == pytest.approx(
         [0.1, 0.4, 1.0, 2.0, 2.0]
     )
-    assert correction_weight(ratios, "icepop", *options(correction="icepop").correction_bounds)[
+    assert correction_weight(ratios, "icepop", *options(correction="icepop").bounds)[
         0
     ].tolist() == pytest.approx([0.0, 0.0, 1.0, 3.0, 0.0])
 
@@ -426,7 +425,7 @@ def test_correction_makes_a_stale_rollout_unbiased():
             doc = Doc(1, [0.0], [0.0], [drawn[token].log().item()], [0.0], [0.0], [0.0], [rewards[token].item()])
             _, _, batch = make_batch([doc], drop=("old", "reference", "teacher"))
             logprobs = torch.stack([torch.zeros((), dtype=torch.float64), logits.log_softmax(0)[token]])
-            opts = options(correction="none" if name == "none" else "tis", correction_high=100.0)
+            opts = options(correction="none" if name == "none" else "tis", correction_bounds=(0.0, 100.0))
             loss = loss + drawn[token] * policy_loss(logprobs, None, batch, opts)[0]
         (gradients[name],) = torch.autograd.grad(loss, logits)
     assert torch.allclose(gradients["tis"], gradients["on-policy"], atol=1e-14)
@@ -455,7 +454,7 @@ def test_on_policy_gradient_is_reinforce(name, aggregation, constant):
     assert combined["ratio"] == 1.0 and combined["clip_fraction"] == 0.0
 
 
-EVERYTHING = {"kl_coef": 0.1, "entropy_coef": 0.02, "correction": "tis", "correction_high": 1.2}
+EVERYTHING = {"kl_coef": 0.1, "entropy_coef": 0.02, "correction": "tis", "correction_bounds": (0.0, 1.2)}
 
 
 @settings(max_examples=60, deadline=None)
@@ -642,7 +641,7 @@ def test_a_value_that_is_not_finite_never_becomes_a_gradient(stream):
     [
         ({"aggregation": "constant"}, "needs a constant_length"),
         ({"constant_length": 5}, "the others take none"),
-        ({"correction": "tis", "correction_low": 3.0}, "above correction_high 2.0"),
+        ({"correction": "tis", "correction_bounds": (3.0, 2.0)}, "lower bound 3.0 is above the upper bound 2.0"),
         ({"clip_hihg": 0.2}, "clip_hihg"),
         ({"policy_loss": "trpo"}, "policy_loss"),
     ],

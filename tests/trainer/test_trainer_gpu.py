@@ -24,8 +24,8 @@ LLAMA = {
 INITS = {"v3": V3, "llama": LLAMA}
 
 
-def trainer(init, device, dtype="float32", frozen=True, gamma=0.0):
-    policy = PolicyOptions(init=init, dtype=dtype, freeze_router_bias=frozen)
+def trainer(init, device, dtype="float32", gamma=0.0):
+    policy = PolicyOptions(init=init, dtype=dtype)
     loss = LossOptions(kl_coef=0.01, aggregation="token")
     return Trainer(policy, OptimizerOptions(lr=1e-3, router_bias_gamma=gamma), loss, seed=3, device=device)
 
@@ -77,7 +77,7 @@ def test_a_checkpoint_moves_between_devices(init, tmp_path):
 
 
 def test_bfloat16_with_masters_learns_by_heart_on_a_gpu():
-    t = trainer(V3, "cuda", "bfloat16", frozen=False, gamma=1e-3)
+    t = trainer(V3, "cuda", "bfloat16", gamma=1e-3)
     t.optimizer.options = t.optimizer.options.model_copy(update={"lr": 1e-2})
     batches = pack([Sample((), s.tokens, loss_on_prompt=True) for s in samples(5)], 96)
     first = t.next_token_step(batches, mtp_weight=0.1)["loss"]

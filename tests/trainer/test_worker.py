@@ -30,9 +30,9 @@ INITS = {"v3": V3, "llama": LLAMA}
 ON_POLICY = LossOptions(kl_coef=0.0, clip_low=0.2, clip_high=0.2, aggregation="token")
 
 
-def trainer(init=V3, loss=ON_POLICY, dtype="float32", frozen=True, seed=5, **optimizer):
+def trainer(init=V3, loss=ON_POLICY, dtype="float32", seed=5, **optimizer):
     optimizer = OptimizerOptions(**{"lr": 1e-2, "weight_decay": 0.01, **optimizer})
-    policy = PolicyOptions(init=init, dtype=dtype, freeze_router_bias=frozen)
+    policy = PolicyOptions(init=init, dtype=dtype)
     return Trainer(policy, optimizer, loss, seed=seed, threads=1, device="cpu")
 
 
@@ -204,7 +204,7 @@ def test_the_reference_stays_until_it_is_refreshed(init):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_next_token_steps_learn_a_text_by_heart(dtype):
-    t = trainer(loss=None, dtype=dtype, frozen=False, router_bias_gamma=1e-3)
+    t = trainer(loss=None, dtype=dtype, router_bias_gamma=1e-3)
     documents = [Sample((), s.tokens, loss_on_prompt=True) for s in samples(6)]
     first = t.next_token_step(pack(documents, 40), mtp_weight=0.3)
     assert first["tokens"] == sum(len(d.tokens) - 1 for d in documents)
@@ -214,9 +214,9 @@ def test_next_token_steps_learn_a_text_by_heart(dtype):
     assert last["loss"] < 0.5 and last["mtp_loss"] < 1.0
 
 
-def test_the_router_bias_moves_against_the_load_only_where_it_is_not_frozen():
-    frozen = trainer(loss=None, frozen=True, router_bias_gamma=0.01)
-    moving = trainer(loss=None, frozen=False, router_bias_gamma=0.01)
+def test_the_router_bias_moves_against_the_load_by_gamma():
+    frozen = trainer(loss=None)
+    moving = trainer(loss=None, router_bias_gamma=0.01)
     batches = pack([Sample((), s.tokens, loss_on_prompt=True) for s in samples(20)], 64)
     router = moving.policy.module.routers()[0]
     loads = []
@@ -277,7 +277,7 @@ def _train(t, steps):
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, dtype, tmp_path):
     options = {
         "init": INITS[name], "loss": LossOptions(kl_coef=0.05), "dtype": dtype, "schedule": "cosine", "total_steps": 12,
-        "frozen": name == "llama", "router_bias_gamma": 0.0 if name == "llama" else 1e-3,
+        "router_bias_gamma": 0.0 if name == "llama" else 1e-3,
     }  # fmt: skip
     whole = trainer(**options)
     metrics = _train(whole, range(6))
