@@ -76,6 +76,9 @@ class RolloutOptions(_Section):
 
     engine: Literal["auto", "torch", "vllm"] = "auto"
     workers: Positive = 1
+    # Groups opened for each one that a step needs. Above 1 a step ends with the first `batch.prompts` complete groups;
+    # the others go on in the next one, on its weights (partial rollouts), so that no step waits for the longest.
+    oversample: float = Field(1.0, ge=1, le=2)
     threads: NonNegative = 0  # CPU threads of one worker; 0 shares the machine's cores out
     engine_args: dict[str, Any] = {}  # passed to the engine as they are
     max_tokens: Positive = 32_768
@@ -132,6 +135,7 @@ NOT_CONFIGURED = {
     "policy.init": "reinforcement learning starts from a trained model; set policy.path to its folder",
     "policy.tokenizer": "a run takes the tokenizer in the folder of policy.path; leave it out",
     "optimizer.total_steps": "follows from steps and batch.minibatches; leave it out",
+    "loss.teacher_coef": "a run of reinforcement learning has no teacher; leave it out",
 }
 UNTRUNCATED = "RL samples from the policy itself, untruncated; only evaluation.top_p can be set"
 
@@ -272,6 +276,13 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             f"staleness: {config.staleness} trains on completions of older policies, and loss.correction none takes "
             "them for the policy's own; set loss.correction=tis (or icepop), or staleness=0",
         )
+    if rollout.oversample > 1 and config.loss.correction == "none":
+        yield (
+            ("rollout.oversample", "loss.correction"),
+            f"rollout.oversample: {rollout.oversample:g} trains on completions that older policies began, and "
+            "loss.correction none takes them for the policy's own; set loss.correction=tis (or icepop), or "
+            "rollout.oversample=1",
+        )
     if config.loss.correction == "none":
         for name, unset in (("correction_low", None), ("correction_high", None), ("correction_level", "token")):
             if getattr(config.loss, name) != unset:
@@ -280,11 +291,7 @@ def conflicts(config: Config) -> Iterator[Conflict]:
                     f"loss.{name}: {getattr(config.loss, name)}, but loss.correction is none; set it to tis or icepop",
                 )
     if config.loss.teacher_coef:
-        yield (
-            ("loss.teacher_coef",),
-            f"loss.teacher_coef: {config.loss.teacher_coef:g}, but a run of reinforcement learning has no teacher; "
-            "leave it out",
-        )
+        yield ("loss.teacher_coef",), f"loss.teacher_coef: {NOT_CONFIGURED['loss.teacher_coef']}"
     if algorithm.dynamic_sampling and batch.group_size == 1:
         yield (
             ("algorithm.max_refills", "batch.group_size"),
