@@ -78,6 +78,9 @@ class RolloutOptions(_Section):
 
     engine: Literal["auto", "torch", "vllm"] = "auto"
     workers: Positive = 1
+    # Groups opened for each one that a step needs. Above 1 a step ends with the first `batch.prompts` complete groups;
+    # the others go on in the next one, on its weights (partial rollouts), so that no step waits for the longest.
+    oversample: float = Field(1.0, ge=1, le=2)
     engine_args: dict[str, Any] = {}  # passed to the engine as they are
     max_tokens: Positive = 32_768
     temperature: float = Field(1.0, gt=0)
@@ -285,6 +288,13 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             ("staleness", "loss.correction"),
             f"staleness: {config.staleness} trains on completions of older policies, and loss.correction none takes "
             "them for the policy's own; set loss.correction=tis (or icepop), or staleness=0",
+        )
+    if rollout.oversample > 1 and config.loss.correction == "none":
+        yield (
+            ("rollout.oversample", "loss.correction"),
+            f"rollout.oversample: {rollout.oversample:g} trains on completions that older policies began, and "
+            "loss.correction none takes them for the policy's own; set loss.correction=tis (or icepop), or "
+            "rollout.oversample=1",
         )
     if config.loss.correction == "none":
         for name, unset in (("correction_bounds", None), ("correction_level", "token")):

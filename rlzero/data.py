@@ -15,6 +15,7 @@ import json
 import logging
 import random
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,23 +296,35 @@ class PromptStream:
     """An endless stream over `prompts`, each epoch in an order of its own that depends on (seed, epoch) alone. Rows
     with a column `level` come in ascending levels in the first epoch, shuffled within one.
 
-    `position` counts the prompts handed out since the start; it is the whole state. From the second epoch on a
-    prompt's id carries the epoch (`<id>@1`), so that two passes over it never meet as one request.
+    `position` counts the prompts handed out since the start. The state holds it and the positions of those that were
+    taken and not `used` yet: a resumed run is handed these first. From the second epoch on a prompt's id carries the
+    epoch (`<id>@1`), so that two passes over it never meet as one request.
     """
 
     def __init__(self, prompts: Prompts, seed: int):
         self._prompts, self._seed = prompts, seed
         self._order: tuple[int, list[int]] | None = None  # (epoch, permutation)
+        self._taken: dict[str, int] = {}  # id -> position of those not used yet, in the order they were taken
+        self._again: deque[int] = deque()  # positions to hand out again
         self.position = 0
 
     def take(self, count: int) -> list[Prompt]:
         """The next `count` prompts, distinct in their ids."""
-        taken = [self._at(position) for position in range(self.position, self.position + count)]
-        self.position += count
-        return taken
+        again = [self._again.popleft() for _ in range(min(count, len(self._again)))]
+        fresh = range(self.position, self.position + count - len(again))
+        self.position = fresh.stop
+        taken = {position: self._at(position) for position in (*again, *fresh)}
+        self._taken.update((prompt.id, position) for position, prompt in taken.items())
+        return list(taken.values())
+
+    def used(self, prompts: Iterable[Prompt]) -> None:
+        """Prompts that were taken have done their part: a run resumed from here on does not ask them again."""
+        for prompt in prompts:
+            del self._taken[prompt.id]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "seed": self._seed, "data": self._prompts.fingerprint}
+        unused = [*self._taken.values(), *self._again]
+        return {"position": self.position, "unused": unused, "seed": self._seed, "data": self._prompts.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state`. Raises `DataError` where it belongs to other data or another seed: the stream would
@@ -323,7 +336,8 @@ class PromptStream:
                 f"(saved {[state[k] for k in changed]}, now {[here[k] for k in changed]}); "
                 "resume with the config and files of the run, or start a new run under another name"
             )
-        self.position = int(state["position"])
+        self.position, self._taken = int(state["position"]), {}
+        self._again = deque(state.get("unused", ()))  # checkpoints of earlier releases left none unused
 
     def _at(self, position: int) -> Prompt:
         epoch, index = divmod(position, len(self._prompts))

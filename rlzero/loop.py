@@ -47,7 +47,7 @@ async def collect(run: Run, step: int) -> Graded:
     taken: Graded | None = None
     for wave in range(1 + config.algorithm.max_refills * config.algorithm.dynamic_sampling):
         missing = config.batch.prompts - (len(taken.groups) if taken else 0)
-        groups = await run.write(f"{step}.{wave}", run.prompts.take(missing), config.batch.group_size, run.sampling)
+        groups = await run.write(f"{step}.{wave}", missing)
         graded = grade(groups, config.rewards, config.algorithm, config.rollout.max_tokens)
         run.count(step, graded)
         if config.algorithm.dynamic_sampling:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rlzero.config import Reward
-from rlzero.groups import Graded
+from rlzero.groups import Graded, Group
 
 
 @dataclass
@@ -15,6 +17,7 @@ class Written:
     """Everything a step wrote, groups that were dropped again included: rewards per checker, lengths, verdicts."""
 
     waves: list[Graded] = field(default_factory=list)
+    carried: int = 0  # groups that were left unfinished for the next step
 
     def metrics(self, specs: tuple[Reward, ...]) -> dict[str, float]:
         """Means over all valid completions; counts over all. Lengths and totals in tokens."""
@@ -33,6 +36,7 @@ class Written:
             "rollout_tokens": float(lengths.sum()),
             "completions": float(len(rollouts)),
             "waves": float(len(self.waves)),
+            "carried_groups": float(self.carried),
             "reward_errors": float(sum(any(s and s.verdict == "error" for s in row) for row in scores)),
             "reward_timeouts": float(sum(any(s and s.verdict == "timeout" for s in row) for row in scores)),
         }
@@ -45,3 +49,19 @@ class Written:
                 found = [score.metrics[metric] for score in said if metric in score.metrics]
                 values[f"reward/{name}/{metric}"] = float(np.mean(found))
         return values
+
+
+def lag(groups: Sequence[Group], trained_version: int) -> dict[str, float]:
+    """How many versions older than the policy that is trained the policies were that sampled the tokens of `groups`:
+    mean and greatest lag, the share of tokens that an older policy sampled, and `lag/<n>`, the share of each lag."""
+    counts: Counter[int] = Counter()
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        for version, tokens in rollout.versions:
+            counts[trained_version - version] += tokens
+    total = counts.total() or 1
+    return {
+        "lag_mean": sum(behind * tokens for behind, tokens in counts.items()) / total,
+        "lag_max": float(max(counts, default=0)),
+        "older_tokens": 1.0 - counts[0] / total if counts else 0.0,
+        **{f"lag/{behind}": tokens / total for behind, tokens in sorted(counts.items())},
+    }

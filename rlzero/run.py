@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from rlzero.config import Config
 from rlzero.data import PromptStream, load_prompts, load_tokenizer
 from rlzero.fleet import Fleet
 from rlzero.groups import Graded, Group
-from rlzero.metrics import Written
+from rlzero.metrics import Written, lag
 from rlzero.placement import engine_gpus, on_gpus, sleep_level
 from rlzero.reading import UsageError
 from rlzero.runlog import RunLog
+from rlzero.writer import Writer
 from rollout import probe
-from rollout.engine import Prompt, Request, Rollout, Sampling
+from rollout.engine import Sampling
 from rollout.transport.base import Transport
 from rollout.transport.disk import DiskTransport
 from rollout.transport.ipc import IpcTransport
@@ -45,16 +46,6 @@ class Interrupted(Exception):
     """Somebody pressed Ctrl-C; what was finished is saved."""
 
 
-@dataclass
-class OpenGroup:
-    """A group that is being written: the samples that ended, and who waits for it."""
-
-    prompt: Prompt
-    size: int
-    done: asyncio.Future
-    rollouts: dict[int, Rollout] = field(default_factory=dict)
-
-
 class Run:
     """Owns everything a run starts and everything it keeps. An async context manager: on leaving, every process is
     gone. `resume` goes on from the newest checkpoint of the run's folder."""
@@ -71,12 +62,11 @@ class Run:
         self.start_from = checkpoint.latest(checkpoints(self.dir)) if resume else None
         self.log = RunLog(self.dir, config.tracking)
         self.version = -1  # of the policy that the engines hold
+        self.writer: Writer | None = None
         self._published = asyncio.Condition()
         self._trainer_works = False  # its weights are about to change; see `make_room`
         self._handing_over = asyncio.Lock()  # held while engines take weights
         self._restarts_known = 0  # of workers, to the transport
-        self._open: dict[str, OpenGroup] = {}
-        self._pump: asyncio.Task | None = None  # carries rollouts and scores while groups are open
         self._writing: asyncio.Task | None = None  # collects the groups of coming steps
         self._taken_from: deque[tuple[int, dict]] = deque(maxlen=config.staleness + 2)  # data position before a step
         self._written: dict[int, Written] = {}
@@ -113,6 +103,7 @@ class Run:
                 await self.trainer.ready(config.cluster.deadline_s)
                 await self.trainer.call("release")
             self.fleet = Fleet(self.cluster, kind, folder, self._engine_options(kind))
+            self.writer = Writer(self.fleet, self.rewards)
             self.transport = transport(config, placed.choice.transport)
             if isinstance(self.transport, IpcTransport | NcclTransport):
                 self.fleet.renew = self.renew_weights
@@ -125,9 +116,10 @@ class Run:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in (self._writing, self._pump):
-            if task is not None:
-                task.cancel()
+        if self._writing is not None:
+            self._writing.cancel()
+        if self.writer is not None:
+            self.writer.close()
         self.rewards.close()
         self.cluster.__exit__()
 
@@ -158,45 +150,14 @@ class Run:
         rollout = self.config.rollout
         return Sampling(rollout.max_tokens, rollout.temperature, stop=rollout.stop, seed=self.config.seed)
 
-    async def write(self, tag: str, prompts: list[Prompt], samples: int, sampling: Sampling) -> list[Group]:
-        """Completed and scored groups of `samples` completions for every prompt, in the order of `prompts`. `tag`
-        names the occasion (a step, an evaluation): it keys the sampling noise together with the prompt's id."""
-        loop = asyncio.get_running_loop()
-        opened, requests = [], []
-        for prompt in prompts:
-            key = f"{tag}/{prompt.id}"
-            self._open[key] = group = OpenGroup(prompt, samples, loop.create_future())
-            opened.append(group)
-            requests.append([Request(key, s, prompt.tokens, sampling) for s in range(samples)])
-        await self.fleet.submit(requests)
-        if self._pump is None or self._pump.done():
-            self._pump = asyncio.create_task(self._carry())
-        return list(await asyncio.gather(*(group.done for group in opened)))
-
-    async def _carry(self) -> None:
-        """Carries rollouts from the engines to the checkers and scores to whoever waits, until nothing is open."""
-        try:
-            while self._open:
-                # While engines write, their news sets the pace; then only checkers are left to wait for.
-                for rollout in await self.fleet.completed():
-                    group = self._open[rollout.prompt_id]
-                    group.rollouts[rollout.sample] = rollout
-                    if len(group.rollouts) == group.size:
-                        texts = [group.rollouts[s].text for s in range(group.size)]
-                        self.rewards.submit(rollout.prompt_id, texts, group.prompt.row)
-                for key, scores in self.rewards.completed(timeout_s=0.0):
-                    group = self._open.pop(key)
-                    rollouts = [group.rollouts[s] for s in range(group.size)]
-                    group.done.set_result(Group(group.prompt, rollouts, [list(s) for s in zip(*scores, strict=True)]))
-                if not any(self.fleet.open):
-                    await asyncio.sleep(0.002)
-        except BaseException as error:
-            for group in self._open.values():
-                if not group.done.done():
-                    group.done.set_exception(error) if isinstance(error, Exception) else group.done.cancel()
-            self._open.clear()
-            if not isinstance(error, Exception):
-                raise
+    async def write(self, tag: str, count: int) -> list[Group]:
+        """`count` complete and scored groups for training. With rollout.oversample above 1 they are the first ones of
+        more that are being written; the others are carried over to the next call."""
+        opened = math.ceil(count * self.config.rollout.oversample)
+        prompts = self.prompts.take(max(0, opened - len(self.writer.carried)))
+        groups = await self.writer.first(count, tag, prompts, self.config.batch.group_size, self.sampling)
+        self.prompts.used(group.prompt for group in groups)
+        return groups
 
     async def ahead(self, collect: Callable[[int], Awaitable[Graded]]) -> AsyncIterator[Graded]:
         """What `collect(step)` returns, step by step. The collection of step t starts once the policy has version
@@ -229,7 +190,10 @@ class Run:
         return sleep_level(self.config, self.cluster.placement)
 
     async def make_room(self) -> None:
-        """Called before the trainer works; `publish` ends it. From here on the weights are those of no version."""
+        """Called before the trainer works; `publish` ends it. Synchronous runs take turns: what is still being written
+        is interrupted. From here on the weights are those of no version."""
+        if not self.config.staleness:
+            self._step_metrics["interrupted_tokens"] = float(await self.writer.pause())
         async with self._handing_over:
             self._trainer_works = True
         if self.sleep_level:
@@ -305,11 +269,14 @@ class Run:
 
     def count(self, step: int, graded: Graded) -> None:
         """What came of one wave of writing, before degenerate groups are dropped."""
-        self._written.setdefault(step, Written()).waves.append(graded)
+        written = self._written.setdefault(step, Written())
+        written.waves.append(graded)
+        written.carried = len(self.writer.carried)
 
     def record(self, step: int, graded: Graded, metrics: dict[str, float]) -> None:
         """Writes the step's line of metrics and, now and then, what the policy wrote."""
         line = {"step": step, **self._written.pop(step).metrics(self.config.rewards), **metrics}
+        line |= lag(graded.groups, trained_version=step) | self.fleet.shares()
         line |= self._step_metrics | {"worker_restarts": self.fleet.restarts, "policy_version": self.version}
         line["time_step_s"] = time.monotonic() - self._step_began_s
         self._step_metrics, self._step_began_s = {}, time.monotonic()
@@ -330,7 +297,7 @@ class Run:
         sampling = Sampling(
             self.config.rollout.max_tokens, options.temperature, options.top_p, stop=self.config.rollout.stop, seed=0
         )
-        groups = await self.write(f"evaluation.{step}", list(self.held_out), options.samples, sampling)
+        groups = await self.writer.all(f"evaluation.{step}", list(self.held_out), options.samples, sampling)
         result = evaluate.summarise(groups, self.config.rewards)
         self.log.evaluation({"step": step, **result, "time_s": time.monotonic() - began_s})
         self.watch("evaluation", {"step": step, **result})

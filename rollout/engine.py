@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -85,6 +86,7 @@ class Engine(Protocol):
     raises EngineUnusable."""
 
     version: int
+    max_batch: int  # requests that it writes at once; further ones wait their turn inside
 
     def submit(self, requests: list[Request]) -> None: ...
 
@@ -93,8 +95,9 @@ class Engine(Protocol):
         or `timeout_s` passes."""
         ...
 
-    def interrupt(self) -> list[Rollout]:
-        """Stops every unfinished request and returns it as a rollout with finish reason `interrupted`."""
+    def interrupt(self, only: Collection[str] | None = None) -> list[Rollout]:
+        """Stops every unfinished request, or those whose ids are in `only`, and returns each as a rollout with finish
+        reason `interrupted`. Ids of requests that have ended, or that never were, are passed over."""
         ...
 
     def update(self, weights: Any, version: int) -> None:

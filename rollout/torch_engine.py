@@ -10,7 +10,7 @@ import logging
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -202,15 +202,19 @@ class TorchEngine:
         ended, self._ended = self._ended, []
         return ended
 
-    def interrupt(self) -> list[Rollout]:
+    def interrupt(self, only: Collection[str] | None = None) -> list[Rollout]:
         self._check()
         self._rows.count_tokens(self.version)
-        running = len(self._rows)
-        for request in self._waiting:
-            self._add(request)
-        stopped = [self._rollout(row, "interrupted") for row in range(running + len(self._waiting))]
-        self._rows.clear()
-        self._waiting.clear()
+        asked = [only is None or running.request.id in only for running in self._rows.running]
+        stopped = [self._rollout(row, "interrupted") for row in np.flatnonzero(asked)]
+        self._remove(np.flatnonzero(asked))
+        waiting, self._waiting = self._waiting, deque()
+        for request in waiting:
+            if only is None or request.id in only:
+                stopped.append(self._rollout(row := self._add(request), "interrupted"))
+                self._rows.remove(row)
+            else:
+                self._waiting.append(request)
         return stopped
 
     # weights
@@ -374,7 +378,10 @@ class TorchEngine:
             return
         self._rows.count_tokens(self.version)
         self._ended += [self._rollout(row, "stop" if stopped[row] else "length") for row in gone]
-        for row in gone[::-1]:
+        self._remove(gone)
+
+    def _remove(self, rows: Int[np.ndarray, " n"]) -> None:
+        for row in rows[::-1]:
             last = self._rows.remove(row)
             if last != row:
                 self.decoder.move(last, row)

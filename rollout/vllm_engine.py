@@ -17,7 +17,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ class VLLMEngine:
         self.on_cpu = current_platform.is_cpu()
         if return_routed_experts and self.on_cpu:
             raise ValueError("vLLM's CPU build cannot return routed experts; leave return_routed_experts off there")
-        self.version = version
+        self.version, self.max_batch = version, max_batch
         self.sleep_level = sleep_level
         self.max_context = _context_limit(folder, max_context)
         self._expected = ExpectedWeights(folder)
@@ -261,18 +261,20 @@ class VLLMEngine:
         ended, self._ended = self._ended, []
         return ended
 
-    def interrupt(self) -> list[Rollout]:
-        """Stops every unfinished request, see `Engine.interrupt`. Finished ones stay for `completed`. Routing of an
+    def interrupt(self, only: Collection[str] | None = None) -> list[Rollout]:
+        """Stops unfinished requests, see `Engine.interrupt`. Finished ones stay for `completed`. Routing of an
         interrupted rollout is dropped: its continuation returns that of all tokens."""
         self._check_usable()
         stopped = []
-        for running in self._running.values():
+        asked = {key: running for key, running in self._running.items() if only is None or key in only}
+        for running in asked.values():
             state = self._vllm.output_processor.request_states[running.key]
             tokens = list(state.detokenizer.output_token_ids)
             logprobs = sampled_logprobs(state.logprobs_processor.logprobs, tokens, running.request.id)
             stopped.append(self._rollout(running, tokens, logprobs, "interrupted", None))
-        self._vllm.abort_request([r.key for r in self._running.values()], internal=True)
-        self._running.clear()
+        self._vllm.abort_request([running.key for running in asked.values()], internal=True)
+        for key in asked:
+            del self._running[key]
         return stopped
 
     def _step(self) -> None:

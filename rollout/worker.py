@@ -5,21 +5,24 @@ Nothing here imports torch or vLLM before a worker exists: both read their threa
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import inspect
 import os
 import sys
-import time
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rollout.engine import Engine, Request, Rollout
+from rollout.engine_thread import EngineThread
 
 if TYPE_CHECKING:
     import numpy as np
 
     from rollout.transport.base import Received, Transport
 
+T = TypeVar("T")
 Kind = Literal["torch", "vllm"]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -121,73 +124,81 @@ def _transport(handle: Any, kept: dict[str, Transport]) -> Transport:
 
 
 class RolloutWorker:
-    """Owns one engine. `rlzero.cluster` makes it a Ray actor; calls run one after another, so `completed` takes a
-    timeout that lets updates and interruptions through."""
+    """Owns one engine and the thread it works on. `rlzero.cluster` makes it a Ray actor; because its methods are
+    coroutines Ray lets them overlap, so that an update or an interruption passes a `completed` that waits."""
 
     def __init__(self, kind: str, model: str, options: dict[str, Any] | None = None, threads: int | None = None):
         options = dict(options or {})
         threads = options.setdefault("threads", threads)
         self.kind = kind
         self._transports: dict[str, Transport] = {}
-        if threads is not None:
-            set_threads(threads)
-        self.engine = make_engine(kind, model, options)
 
-    def ping(self) -> dict[str, Any]:
-        """Shows that the process answers: engine, policy version, process id, torch's threads."""
+        def make() -> Engine:
+            if threads is not None:
+                set_threads(threads)
+            return make_engine(kind, model, options)
+
+        self._engine = EngineThread(make)
+
+    async def _call(self, work: Callable[[Engine], T]) -> T:
+        return await asyncio.wrap_future(self._engine.call(work))
+
+    async def ping(self) -> dict[str, Any]:
+        """Shows that the process answers: engine, policy version, process id, torch's threads, and how many requests
+        the engine writes at once."""
         import torch
 
-        return {
-            "kind": self.kind,
-            "version": self.engine.version,
-            "pid": os.getpid(),
-            "threads": torch.get_num_threads(),
-        }
+        def work(engine: Engine) -> dict[str, Any]:
+            return {
+                "kind": self.kind,
+                "version": engine.version,
+                "pid": os.getpid(),
+                "threads": torch.get_num_threads(),
+                "max_batch": engine.max_batch,
+            }
 
-    def submit(self, requests: list[Request]) -> None:
-        self.engine.submit(requests)
+        return await self._call(work)
 
-    def completed(self, timeout_s: float | None = None, gather_s: float = 0.0) -> list[Rollout]:
-        """Rollouts that ended, see `Engine.completed`; once there is one, others are waited for until `gather_s` have
-        passed, so that few calls carry many rollouts."""
-        until_s = time.monotonic() + gather_s
-        ended = self.engine.completed(timeout_s)
-        while ended and (left_s := until_s - time.monotonic()) > 0:
-            more = self.engine.completed(left_s)
-            if not more:
-                break
-            ended += more
-        return ended
+    async def submit(self, requests: list[Request]) -> None:
+        await asyncio.wrap_future(self._engine.submit(requests))
 
-    def interrupt(self) -> list[Rollout]:
-        return self.engine.interrupt()
+    async def completed(self, timeout_s: float | None = None, gather_s: float = 0.0) -> list[Rollout]:
+        """See `EngineThread.completed`."""
+        return await asyncio.to_thread(self._engine.completed, timeout_s, gather_s)
 
-    def update(self, handle: Any, version: int) -> int:
+    async def interrupt(self, only: Collection[str] | None = None) -> list[Rollout]:
+        return await asyncio.wrap_future(self._engine.interrupt(only))
+
+    async def update(self, handle: Any, version: int) -> int:
         """Receives published weights into the engine and returns its version. The engine is poisoned when they do not
         arrive whole; a handle of another version is refused before it touches the engine."""
-        weights = receive(handle, version, self._transports)
-        try:
-            self.engine.update(weights, version)
-        finally:
-            weights.close()  # an engine that gave up midway must not keep the trainer waiting
-        return self.engine.version
 
-    def score(self, sequences: list[list[int]], temperature: float = 1.0) -> list[np.ndarray]:
-        return self.engine.score(sequences, temperature)
+        def work(engine: Engine) -> int:
+            weights = receive(handle, version, self._transports)
+            try:
+                engine.update(weights, version)
+            finally:
+                weights.close()  # an engine that gave up midway must not keep the trainer waiting
+            return engine.version
 
-    def probe(
+        return await self._call(work)
+
+    async def score(self, sequences: list[list[int]], temperature: float = 1.0) -> list[np.ndarray]:
+        return await self._call(lambda engine: engine.score(sequences, temperature))
+
+    async def probe(
         self, sequences: list[list[int]], trainer_logprobs: list[np.ndarray], temperature: float = 1.0
     ) -> dict[str, float]:
         """The engine's distance from the trainer on `sequences`, see `rollout.probe.gap`."""
         from rollout.probe import gap
 
-        return gap(self.engine.score(sequences, temperature), trainer_logprobs)
+        return gap(await self.score(sequences, temperature), trainer_logprobs)
 
-    def sleep(self) -> None:
-        self.engine.sleep()
+    async def sleep(self) -> None:
+        await self._call(lambda engine: engine.sleep())
 
-    def wake(self) -> None:
-        self.engine.wake()
+    async def wake(self) -> None:
+        await self._call(lambda engine: engine.wake())
 
-    def close(self) -> None:
-        self.engine.close()
+    async def close(self) -> None:
+        await asyncio.wrap_future(self._engine.close())

@@ -60,10 +60,30 @@ def test_a_stream_resumed_at_any_position_goes_on_as_if_never_stopped(tokenizer)
     whole = [p.id for p in PromptStream(prompts(tokenizer), seed=1).take(35)]
     for position in (0, 1, 9, 10, 11, 27):
         first = PromptStream(prompts(tokenizer), seed=1)
-        first.take(position)
+        first.used(first.take(position))
         second = PromptStream(prompts(tokenizer), seed=1)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert [p.id for p in second.take(35 - position)] == whole[position:]
+
+
+def test_prompts_that_were_taken_and_not_used_come_first_in_a_resumed_stream(tokenizer):
+    def resumed(stream: PromptStream) -> PromptStream:
+        after = PromptStream(prompts(tokenizer, 8), seed=1)
+        after.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+        return after
+
+    stream = PromptStream(prompts(tokenizer, 8), seed=1)
+    taken = stream.take(13)  # into the second epoch
+    stream.used([p for i, p in enumerate(taken) if i not in (2, 5, 11)])
+    stream = resumed(stream)
+    assert stream.take(1) == [taken[2]]
+    stream = resumed(stream)  # stopped again before that one was used: it comes again
+    again = stream.take(1)
+    assert sorted(stream.state_dict()["unused"]) == [2, 5, 11]
+    stream.used(again)
+    assert again == [taken[2]] and stream.take(2) == [taken[5], taken[11]]
+    whole = PromptStream(prompts(tokenizer, 8), seed=1).take(16)
+    assert stream.take(3) == whole[13:]
 
 
 def test_the_order_depends_on_the_seed_and_not_on_the_size_of_the_steps(tokenizer):

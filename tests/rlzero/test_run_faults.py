@@ -129,7 +129,7 @@ def test_a_killed_worker_comes_back_with_current_weights_and_answers_everything_
             victim = (await run.fleet.workers[1].call("ping", deadline_s=30))["pid"]
 
             prompts = run.prompts.take(20)
-            writing = asyncio.create_task(run.write("1.0", prompts, 3, run.sampling))
+            writing = asyncio.create_task(run.writer.all("1.0", prompts, 3, run.sampling))
             await some_open(run, 1)
             os.kill(victim, signal.SIGKILL)
             groups = await writing

@@ -242,6 +242,27 @@ def test_an_interrupted_rollout_continues_as_if_nothing_had_happened(folder, cac
         assert np.abs(np.array(a.logprobs) - np.array(b.logprobs)).max() <= bound
 
 
+@pytest.mark.parametrize("cache, kernels", DECODERS)
+def test_interrupting_some_leaves_the_others_as_they_were(folder, cache, kernels):
+    asked = requests(tokens=20)
+    whole = {r.id: r for r in generate(TorchEngine(folder, cache=cache, kernels=kernels), asked)}
+    engine = TorchEngine(folder, max_batch=7, cache=cache, kernels=kernels)
+    engine.submit(asked)
+    for _ in range(6):
+        engine._step()
+    only = {r.id for i, r in enumerate(asked) if i % 3}
+    stopped = engine.interrupt({*only, "nobody/0"})
+    assert {r.id for r in stopped} == only and {len(r.tokens) for r in stopped} == {0, 7}
+    left = []
+    while ended := engine.completed():
+        left += ended
+    assert {r.id for r in left} == whole.keys() - only
+    bound = 0.0 if kernels == "native" else 1e-5
+    for r in left:
+        assert r.tokens == whole[r.id].tokens
+        assert np.abs(np.array(r.logprobs) - np.array(whole[r.id].logprobs)).max() <= bound
+
+
 def test_versions_say_which_policy_sampled_each_token(folder):
     engine = TorchEngine(folder)
     asked = requests(prompts=1, samples=2, tokens=10)
