@@ -10,7 +10,8 @@ from typing import Any
 import ray
 
 from rlzero import failures
-from rlzero.cluster import Cluster, ClusterError
+from rlzero.actors import ClusterError
+from rlzero.cluster import Cluster
 from rollout.engine import EngineUnusable, Request, Rollout
 
 GATHER_S = 0.25  # how long a worker collects ended rollouts before it reports them
