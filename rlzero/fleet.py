@@ -11,7 +11,8 @@ from typing import Any
 import ray
 
 from rlzero import failures
-from rlzero.cluster import Actor, Cluster, ClusterError
+from rlzero.actors import Actor, ClusterError
+from rlzero.cluster import Cluster
 from rollout.engine import EngineUnusable, Request, Rollout
 
 GATHER_S = 0.05  # how long a worker collects ended rollouts before it reports them; it writes on meanwhile

@@ -10,7 +10,7 @@ from rewards.load import RewardError, load_reward
 from rewards.runner import RewardRunner
 from rlzero import dump, loop
 from rlzero import evaluate as evaluation
-from rlzero.cluster import TrainerDied
+from rlzero.actors import TrainerDied
 from rlzero.config import Config
 from rlzero.data import load_prompts, load_tokenizer
 from rlzero.display import Display

@@ -19,7 +19,8 @@ import pytest
 import ray
 
 from rlzero import cluster, launch, loop
-from rlzero.cluster import Cluster, ClusterError, check_resources
+from rlzero.actors import ClusterError
+from rlzero.cluster import Cluster, check_resources
 from rlzero.config import Config
 from rlzero.placement import plan
 from rlzero.reading import UsageError

@@ -14,7 +14,8 @@ import pytest
 import ray
 
 from rlzero import loop
-from rlzero.cluster import Cluster, ClusterError, TrainerDied, TrainerHandle
+from rlzero.actors import ClusterError, TrainerDied, TrainerHandle
+from rlzero.cluster import Cluster
 from rlzero.config import Config
 from rlzero.reading import UsageError
 from rlzero.run import Run

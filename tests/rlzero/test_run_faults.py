@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from rlzero import loop
-from rlzero.cluster import ClusterError, TrainerDied
+from rlzero.actors import ClusterError, TrainerDied
 from rlzero.config import Config
 from rlzero.groups import Group
 from rlzero.run import Run
