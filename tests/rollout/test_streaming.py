@@ -47,7 +47,7 @@ class World:
         self.await_engines()
 
     def sync(self, damaged=(None, None), absent=(), dies=()):
-        """What ranks and engines answer to one sync of new weights (engines: None, of one that did not come or died)."""
+        """What ranks and engines answer to a sync of new weights (engines: None, of one that did not come or died)."""
         self.version += 1
         for rank in self.ranks:
             rank.call("offer", self.version)
