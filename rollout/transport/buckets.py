@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rollout.transport.base import Entry, Layout
 from rollout.transport.fingerprint import Reading
-from rollout.transport.payload import Payload, parts, put
+from rollout.transport.payload import parts, put
 
 ALIGNMENT = 64  # bytes; every tensor starts on one
 BUCKET_BYTES = 256 << 20
@@ -108,10 +108,10 @@ class Window:
             ]
         return self._views[bucket]
 
-    def pack(self, bucket: Bucket, tensors: Sequence[Tensor], payload: Payload) -> None:
+    def pack(self, bucket: Bucket, tensors: Sequence[Tensor]) -> None:
         """Copies the trainer's tensors into the buffer, in the form they travel in."""
         views = iter(self.views(bucket))
-        put(tensors, [tuple(next(views) for _ in group) for group in bucket.groups], payload)
+        put(tensors, [tuple(next(views) for _ in group) for group in bucket.groups])
 
     def numbers(self, bucket: Bucket) -> Int[Tensor, " entries"]:
         """The fingerprints of the bucket's tensors as they lie here, see `Reading`."""

@@ -111,7 +111,7 @@ class Server:
             self._packed, checks = [], Checks()
             for index, (bucket, taken) in enumerate(sources(self._buckets, self._layout, tensors)):
                 self._packed.append(self._buffer(index, bucket))
-                self._packed[-1].window.pack(bucket, taken, self.options.payload)
+                self._packed[-1].window.pack(bucket, taken)
                 numbers = self._packed[-1].window.numbers(bucket)
                 checks.add(bucket.entries, numbers, numbers)
             entries = checks.finish()
@@ -183,7 +183,7 @@ class Server:
         self, takers: list[Taker], index: int, bucket: Bucket, taken: list[Tensor | None], lost: list[str]
     ) -> None:
         buffer = self._buffer(index, bucket)
-        buffer.window.pack(bucket, taken, self.options.payload)
+        buffer.window.pack(bucket, taken)
         numbers = buffer.window.numbers(bucket).tolist()  # on a GPU this waits until the bucket is packed
         for taker in list(takers):
             shared = None if buffer.number in taker.known else buffer.shared()
@@ -286,7 +286,7 @@ class Server:
             if index >= self.options.buffers:
                 self._await(engine, index - self.options.buffers)
             buffer = self._buffer(index, bucket)
-            buffer.window.pack(bucket, taken, self.options.payload)
+            buffer.window.pack(bucket, taken)
             if self._stream is not None:
                 self._stream.synchronize()
             yield buffer

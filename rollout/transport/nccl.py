@@ -163,7 +163,7 @@ class NcclTransport:
         if index >= _IN_FLIGHT:
             works[index - _IN_FLIGHT].wait()  # on a GPU the stream waits, not this thread
         window = self._window(index % _IN_FLIGHT, mine, offer.device)
-        window.pack(bucket, taken, self.payload)
+        window.pack(bucket, taken)
         window.numbers_sent(bucket).copy_(window.numbers(bucket))
         works.append(group.broadcast(window.buffer[: bucket.nbytes_with_numbers]))
 

@@ -15,6 +15,7 @@ from rollout.transport.base import fingerprint
 from rollout.transport.buckets import Window
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import NcclTransport
+from rollout.transport.payload import Payload
 from trainer.parallel import ParallelOptions, Ranks, Rendezvous
 from trainer.parallel_policy import ShardedV3Policy, load_sharded_policy
 from trainer.policy import PolicyOptions
@@ -73,11 +74,11 @@ class TrainerRank:
         self.policy: ShardedV3Policy | None = None
         self.transport: Any = None
 
-    def use(self, kind: str, timeout_s: float, engines: int) -> None:
+    def use(self, kind: str, timeout_s: float, engines: int, payload: Payload = None) -> None:
         """From now on weights travel this way."""
         if self.transport is not None:
             self.transport.close()
-        ipc, rest = kind == "ipc", {"timeout_s": timeout_s, "engines": engines}
+        ipc, rest = kind == "ipc", {"timeout_s": timeout_s, "engines": engines, "payload": payload}
         self.transport = IpcTransport(SMALL, **rest) if ipc else NcclTransport(bucket_bytes=SMALL, **rest)
 
     def offer(self, version: int) -> Any:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from streaming_processes import OPTIONS, EngineEnd, Process, TrainerRank
 
 from rollout.transport.base import fingerprint
+from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import merged
 from trainer.policy import load_policy
 
@@ -31,10 +32,13 @@ class World:
         self.kind, self.version = kind, 0
         self.ranks = [Process(TrainerRank, rank, address, 2) for rank in range(2)]
         self.engines = [Process(EngineEnd, kind, TIMEOUT_S, 2) for _ in range(2)]
-        for rank in self.ranks:
-            rank.call("use", kind, TIMEOUT_S, 1 if kind == "ipc" else 2)
-        assert [rank.answer(120) for rank in self.ranks] == [None, None]
+        self.use(None)
         self.await_engines()
+
+    def use(self, payload) -> None:
+        for rank in self.ranks:
+            rank.call("use", self.kind, TIMEOUT_S, 1 if self.kind == "ipc" else 2, payload)
+        assert [rank.answer(120) for rank in self.ranks] == [None, None]
 
     def await_engines(self) -> None:
         for engine in self.engines:
@@ -123,3 +127,14 @@ def test_an_engine_that_never_comes_holds_nobody(world):
         assert "weights did not arrive" in received[0], received
     sent, received = world.sync()
     assert received == [world.expected()] * 2, sent
+
+
+def test_block_fp8_of_gathered_weights_is_what_one_rank_alone_would_send(world):
+    world.use("fp8")
+    sent, received = world.sync()
+    policy, alone = load_policy(OPTIONS, "cpu", seed=world.version), IpcTransport(payload="fp8")
+    manifest = alone.manifest(alone.publish(policy.weights(), world.version))
+    alone.close()
+    expected = {entry.name: entry.fingerprint for entry in manifest.entries}
+    assert any(name.endswith("_scale_inv") for name in expected)
+    assert received == [expected] * 2, sent
