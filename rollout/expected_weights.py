@@ -7,8 +7,12 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from rollout.transport.payload import Payload, travelling
+from trainer.model.folder import SCALE
 
 
 def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -25,12 +29,16 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 class ExpectedWeights:
-    """What a complete update holds: the names and shapes of the model's checkpoint. Layers past the last one (the
-    multi-token-prediction head) may stay away: the engine does not run them."""
+    """What a complete update holds: the names and shapes of the model's checkpoint, in the form that the engine keeps
+    (`payload` fp8: with a scale behind each quantized weight, whether the folder has them or not). Layers past the last
+    one (the multi-token-prediction head) may stay away: the engine does not run them."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, payload: Payload = None):
         config = json.loads((folder / "config.json").read_text())
         self.shapes = checkpoint_shapes(folder)
+        if payload == "fp8":
+            weights = [(n, shape, torch.bfloat16) for n, shape in self.shapes.items() if not n.endswith(SCALE)]
+            self.shapes = {entry.name: entry.shape for entry in travelling(weights, payload)}
         self.tied = bool(config.get("tie_word_embeddings")) and "lm_head.weight" not in self.shapes
         layers = config.get("num_hidden_layers", 0)
         prefix = re.compile(r"model\.layers\.(\d+)\.")

@@ -30,8 +30,10 @@ from rollout.engine import EngineUnusable, Request, Rollout
 from rollout.expected_weights import ExpectedWeights
 from rollout.transport.base import Manifest
 from rollout.transport.disk import DiskTransport
+from rollout.transport.payload import engine_payload
 from rollout.vllm_records import all_positions, continued, prompt_logprobs, request_seed, sampled_logprobs
 from rollout.vllm_weights import Installed, Installer, reload
+from trainer.model.config import FP8_BLOCKS
 
 OLDEST, NEWEST = (0, 25, 1), (0, 32, 0)
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -48,6 +50,7 @@ ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions sent to tensor parallel workers of this host
+    "VLLM_USE_DEEP_GEMM_E8M0": "0",  # or vLLM quantizes block-FP8 weights anew, and computes with others than were sent
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the caller says how many threads; binding would pile engines on one core
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -101,7 +104,9 @@ class VLLMEngine:
     `path` is a Hugging Face folder; `dtype` the weights' and activations' type; `max_context` the most tokens of prompt
     and completion together (default: the model's own limit); `max_batch` the most requests in one step; `sleep_level`
     what `sleep` frees on a GPU (0: the engine never sleeps, 1: KV cache freed and weights kept in host memory, 2: both
-    dropped, so that an update must follow `wake`); `engine_args` goes to vLLM's EngineArgs.
+    dropped, so that an update must follow `wake`); `engine_args` goes to vLLM's EngineArgs. There, `quantization: fp8`
+    is block-FP8 as DeepSeek releases it; where the folder holds other weights the engine does not read them and refuses
+    every call until the first update.
 
     Log-probabilities are those of the distribution that was sampled from: log_softmax(logits / temperature), after
     top-p and top-k where they are on; at temperature 0 (greedy) those at temperature 1.
@@ -147,7 +152,13 @@ class VLLMEngine:
         self.version, self.max_batch = version, max_batch
         self.sleep_level = sleep_level
         self.max_context = _context_limit(folder, max_context)
-        self._expected = ExpectedWeights(folder)
+        payload = engine_payload(folder, arguments)
+        self._expected = ExpectedWeights(folder, payload)
+        self._unusable: str | None = None
+        if payload == "fp8" and "quantization_config" not in json.loads((folder / "config.json").read_text()):
+            overrides = {"quantization_config": FP8_BLOCKS, **arguments.get("hf_overrides", {})}
+            arguments |= {"hf_overrides": overrides, "load_format": "dummy"}
+            self._unusable = _NO_WEIGHTS
         self.has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
         arguments |= dict(
             model=str(folder),
@@ -176,7 +187,6 @@ class VLLMEngine:
         self._held: list[Request] = []  # unfinished ones while the engine sleeps
         self._ended: list[Rollout] = []
         self._scored: dict[str, np.ndarray] = {}
-        self._unusable: str | None = None
         self._closed = False
         self.installed: Installed | None = None  # how the last update came in
         self._updates = 0
@@ -397,7 +407,8 @@ class VLLMEngine:
     def wake(self) -> None:
         """Undoes `sleep`. After level 2 the engine has no weights and refuses every call until an update."""
         if self._closed or self._unusable != _ASLEEP:
-            self._check_usable()
+            if self._closed or self._unusable != _NO_WEIGHTS:  # which is awake, and an update away from work
+                self._check_usable()
             return
         if not self.on_cpu:
             self._vllm.wake_up()
@@ -432,6 +443,7 @@ class VLLMEngine:
 
 
 _ASLEEP = "the engine sleeps; wake() it first"
+_NO_WEIGHTS = "the engine was started without weights (quantization: fp8); update() first"
 
 
 def _installed_release() -> str:

@@ -7,12 +7,18 @@ asks for are written down instead of made. Whether a copy is all it takes is sho
 update, which goes vLLM's way, every tensor is read back from its place and compared, by fingerprint, with what was
 published. Only then do updates go directly; each is read back again. What a kernel might keep elsewhere, only
 log-probabilities see: `rollout.probe`.
+
+Block-FP8 (E4M3 and one scale per 128x128) goes the same ways. On Hopper the Triton experts and the CUTLASS linears
+read the checkpoint's own layout, DeepGEMM's linears too where their scales stay float32 (VLLM_USE_DEEP_GEMM_E8M0=0;
+with its default 1 vLLM quantizes anew to powers of two, and the engine no longer computes with what was published).
+Marlin, FlashInfer's and AITER's experts repack: they stay with `reload_weights`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,10 +88,15 @@ class _Recorder(TorchDispatchMode):
 
 
 @torch.no_grad()
-def plan_copies(load: Callable[[Weights], Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Copy]]:
+def plan_copies(
+    load: Callable[[Weights], Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> dict[str, list[Copy]]:
     """The copies that `load` makes of checkpoint tensors of these shapes, by name; nothing is changed. Raises
     CannotPlan where `load` does anything else with one of them."""
-    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    dtypes = dtypes or {}
+    tensors = {name: torch.empty(shape, dtype=dtypes.get(name), device="meta") for name, shape in shapes.items()}
     recorder = _Recorder({tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()})
     try:
         with recorder:
@@ -104,6 +115,40 @@ def plan_copies(load: Callable[[Weights], Any], shapes: Mapping[str, tuple[int, 
             copy = Copy(target.detach(), tuple(source.shape), tuple(source.stride()), offset, whole)
             plan.setdefault(name, []).append(copy)
     return plan
+
+
+@contextmanager
+def checkpoint_form(model: torch.nn.Module) -> Iterator[None]:
+    """The parameters as the model's loaders know them, over the memory that its kernels read. Layers that quantize
+    replace theirs by plain ones, which nothing can be loaded into; vLLM keeps what they were for its own reload.
+    Where a kernel's tensor has another shape or dtype, it stays what it is."""
+    from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
+    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
+
+    held: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+    try:
+        for layer in model.modules():
+            for name, form in get_layerwise_info(layer).restore_metadata[0].items():
+                parameter = layer._parameters.get(name)
+                if parameter is None or (parameter.shape, parameter.dtype) != (form.shape, form.dtype):
+                    continue
+                turned = parameter.data
+                turned.__class__, turned.__dict__ = form.__class__, form.__dict__.copy()
+                restore_layer_refs(turned, layer)
+                turned.weight_loader = _get_original_loader(turned)  # not the one that waits for a whole layer
+                held.append((layer, name, parameter))
+                layer._parameters[name] = turned
+        yield
+    finally:
+        for layer, name, parameter in held:
+            layer._parameters[name] = parameter
+
+
+def unwritten(plan: Mapping[str, list[Copy]], model: torch.nn.Module) -> list[str]:
+    """Parameters of the model that no copy of the plan writes to."""
+    written = {copy.target.untyped_storage().data_ptr() for copies in plan.values() for copy in copies}
+    parameters = ((name, p) for name, p in model.named_parameters() if p.numel())
+    return [name for name, p in parameters if p.untyped_storage().data_ptr() not in written]
 
 
 @torch.no_grad()
@@ -158,6 +203,7 @@ def reload(worker: Any, source: Weights | str) -> None:
             method = getattr(module, "quant_method", None)
             if getattr(method, "moe_kernel", None) is not None:
                 method.moe_kernel = None
+    derived = derived_weights(model) if runner.device.type == "cuda" else []
     try:
         weights = DiskTransport(source).receive(source) if isinstance(source, str) else source
         # vLLM keeps tensors until their layer is complete; a transport may use their memory again before that.
@@ -166,6 +212,7 @@ def reload(worker: Any, source: Weights | str) -> None:
         # Leaves the half-loaded state, in which the next reload would add to this one's counts.
         finalize_layerwise_reload(model, runner.model_config)
         raise
+    put_back(derived)
     if runner.device.type == "cpu" and getattr(runner.model_config.hf_config, "tie_word_embeddings", False):
         # No tensor of its own arrives for a tied head, so vLLM leaves it with its repacked copy of the old embedding.
         for module in model.modules():
@@ -173,28 +220,42 @@ def reload(worker: Any, source: Weights | str) -> None:
                 module.quant_method.process_weights_after_loading(module)
 
 
-@torch.no_grad()
-def refresh_derived(model: torch.nn.Module, dtype: torch.dtype) -> int:
-    """Computes anew what MLA layers derived from their weights, at the same addresses (captured graphs read there).
-    Returns how many layers needed it: in BF16 the derived ones are views of the weight and follow by themselves."""
+def derived_weights(model: torch.nn.Module) -> list[tuple[torch.nn.Module, dict[str, Tensor]]]:
+    """MLA layers that hold something computed from their weights, and that. (In BF16 they hold views of the weight,
+    which follow by themselves; of a quantized one, dequantized copies.)"""
     from vllm.model_executor.layers.attention import MLAAttention
 
-    count = 0
+    found = []
     for layer in model.modules():
         if not isinstance(layer, MLAAttention):
             continue
         source = layer.kv_b_proj.weight.untyped_storage().data_ptr()
-        old = {name: getattr(layer, name, None) for name in _DERIVED}
-        if any(tensor is None for tensor in old.values()):
+        held = {name: getattr(layer, name, None) for name in _DERIVED}
+        if any(tensor is None for tensor in held.values()):
             raise CannotPlan(f"this vLLM's MLA layer has no {' or '.join(_DERIVED)}: it derives other weights")
-        if all(tensor.untyped_storage().data_ptr() == source for tensor in old.values()):
-            continue  # views, which follow by themselves
+        if any(tensor.untyped_storage().data_ptr() != source for tensor in held.values()):
+            found.append((layer, held))
+    return found
+
+
+@torch.no_grad()
+def put_back(derived: list[tuple[torch.nn.Module, dict[str, Tensor]]]) -> None:
+    """Brings what layers have derived since to where it was before: captured graphs read there."""
+    for layer, held in derived:
+        for name, tensor in held.items():
+            if (new := getattr(layer, name)) is not tensor:
+                tensor.copy_(new)
+                setattr(layer, name, tensor)
+
+
+@torch.no_grad()
+def refresh_derived(model: torch.nn.Module, dtype: torch.dtype) -> int:
+    """Computes anew what MLA layers derived from their weights. Returns how many layers needed it."""
+    derived = derived_weights(model)
+    for layer, _ in derived:
         layer.process_weights_after_loading(dtype)
-        for name, tensor in old.items():
-            tensor.copy_(getattr(layer, name))
-            setattr(layer, name, tensor)
-        count += 1
-    return count
+    put_back(derived)
+    return len(derived)
 
 
 class Installer:
@@ -229,7 +290,7 @@ class Installer:
         """Called with the published weights in the model, brought there by vLLM."""
         self.direct = False
         try:
-            self.plan = plan_copies(model.load_weights, self.shapes)
+            self.plan = self._planned(model, manifest)
             refresh_derived(model, self.worker.model_runner.model_config.dtype)
         except CannotPlan as error:
             log.warning("weights go through vLLM's reload_weights, which is slower: %s", error)
@@ -243,6 +304,17 @@ class Installer:
                 "another form or dtype than they were published in (%s) and %d in parts",
                 len(other), placed, _few(other), placed - verified,
             )  # fmt: skip
+
+
+    def _planned(self, model: torch.nn.Module, manifest: Manifest) -> dict[str, list[Copy]]:
+        if self.worker.model_runner.model_config.quantization is None:
+            return plan_copies(model.load_weights, self.shapes)
+        dtypes = {entry.name: getattr(torch, entry.dtype) for entry in manifest.entries}
+        with checkpoint_form(model):
+            plan = plan_copies(model.load_weights, self.shapes, dtypes)
+        if left := unwritten(plan, model):
+            raise CannotPlan(f"its loaders write nothing to {_few(left)}")
+        return plan
 
 
 class _Counted:

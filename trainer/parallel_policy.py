@@ -210,27 +210,66 @@ class ShardedV3Policy(V3Policy):
         """As `Policy.weights`, whole tensors in the policy's dtype on every rank, gathered as they are asked for: a
         layer's parameters are held at a time. Every rank must exhaust it."""
         parts, held, layer = self.parts(), {}, None
-        for name, place in self.places.items():
-            if not mtp and self._is_mtp(name):
-                continue
-            unit = ".".join(place.owner.split(".")[:2])
-            if unit != layer:  # embedding and head come back behind the layers: they stay
-                held = {owner: whole for owner, whole in held.items() if "layers." not in owner}
-                layer = unit
+        for name, place in self._placed(mtp):
+            held, layer = self._still_held(held, layer, place)
             if place.owner not in held:
-                part = parts[place.owner]
-                part = part if place.owner in self._buffers else part.to(self.dtype)
-                held[place.owner] = self.whole(place.owner, part)
-            whole = held[place.owner].flatten()
-            yield name, whole[place.start : place.start + place.shape.numel()].view(place.shape)
+                held[place.owner] = self.whole(place.owner, self._in_dtype(parts, place.owner)).flatten()
+            yield name, held[place.owner][place.start : place.start + place.shape.numel()].view(place.shape)
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """What `part` is a part of, see `distributed`, on every rank: gathered over the mesh's dimensions, the last
-        first. (Not over a flattened mesh: the ranks of its group are sorted, and so not in the experts' order.)"""
+    def layout(self, mtp: bool = False) -> list[tuple[str, torch.Size, torch.dtype]]:
+        """Names, shapes and dtypes of `weights`, without a gather."""
+        dtypes = {name: buffer.dtype for name, buffer in self.template.named_buffers()}
+        return [(name, place.shape, dtypes.get(place.owner, self.dtype)) for name, place in self._placed(mtp)]
+
+    def owners(self, mtp: bool = False) -> list[int]:
+        """The rank that has each tensor in `owned_weights`: an expert's own, rank 0 for all else."""
+        return [self._expert_rank(place) or 0 for _, place in self._placed(mtp)]
+
+    def owned_weights(self, mtp: bool = False) -> Iterator[tuple[str, Tensor | None]]:
+        """As `weights`, each tensor on its owner alone and None on the other ranks. Experts do not leave the ranks
+        that share them. Every rank must exhaust it."""
+        parts, held, layer = self.parts(), {}, None
+        for name, place in self._placed(mtp):
+            held, layer = self._still_held(held, layer, place)
+            rank, start = self._expert_rank(place), place.start
+            if place.owner not in held:
+                part = self._in_dtype(parts, place.owner)
+                held[place.owner] = self.whole(place.owner, part, 0 if rank is None else 1).flatten()
+            if self.ranks.rank != (rank or 0):
+                yield name, None
+                continue
+            if rank is not None:
+                start -= rank * self._whole_shape(place.owner).numel() // self.ranks.options.ep
+            yield name, held[place.owner][start : start + place.shape.numel()].view(place.shape)
+
+    def _placed(self, mtp: bool) -> Iterator[tuple[str, Place]]:
+        return ((name, place) for name, place in self.places.items() if mtp or not self._is_mtp(name))
+
+    def _still_held(self, held: dict[str, Tensor], layer: str | None, place: Place) -> tuple[dict[str, Tensor], str]:
+        """What is gathered and may be asked for again, and the layer that comes."""
+        unit = ".".join(place.owner.split(".")[:2])
+        if unit != layer:  # embedding and head come back behind the layers: they stay
+            held = {owner: whole for owner, whole in held.items() if "layers." not in owner}
+        return held, unit
+
+    def _in_dtype(self, parts: dict[str, Tensor], name: str) -> Tensor:
+        return parts[name] if name in self._buffers else parts[name].to(self.dtype)
+
+    def _expert_rank(self, place: Place) -> int | None:
+        """The first of the ranks that share an expert's tensor; None for what all ranks share."""
+        ranks = self.ranks.options.ep
+        if ranks == 1 or ".experts." not in place.owner:
+            return None
+        return place.start * ranks // self._whole_shape(place.owner).numel()
+
+    def whole(self, name: str, part: Tensor, first: int = 0) -> Tensor:
+        """What `part` is a part of, see `distributed`, on every rank: gathered over the mesh's dimensions from `first`
+        on, the last first. (Not over a flattened mesh: the ranks of its group are sorted, and so not in the experts'
+        order.)"""
         mesh = self.mesh_of(name)
         if mesh is None:
             return part
-        for dimension in reversed(range(mesh.ndim)):
+        for dimension in reversed(range(first, mesh.ndim)):
             rows = self._rows(name, mesh, dimension)[1]
             along = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[dimension]]
             if mesh.size(dimension) > 1:

@@ -1,19 +1,24 @@
 """How weights travel from the trainer into an engine: a manifest goes first, every tensor is checked against it.
 
-A transport is one file beside this one. `publish` runs where the trainer is, `receive` where the engine is."""
+A transport is one file beside this one. `publish` runs where the trainer is, `receive` where the engine is. Where the
+weights are gathered from several ranks while they travel, two calls take the place of `publish`: `offer`, which says
+what will come, and `send`, which brings it, with each bucket's fingerprints beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from rollout.transport.fingerprint import as_bytes, fingerprint, fingerprints
 
-__all__ = ["CorruptWeights", "Entry", "Manifest", "Received", "Transport", "as_bytes", "changed", "describe"]
-__all__ += ["describe_all", "fingerprint", "verify", "verify_all"]
+__all__ = ["Checks", "CorruptWeights", "Entry", "Layout", "Manifest", "Received", "Transport", "as_bytes", "changed"]
+__all__ += ["describe", "describe_all", "fingerprint", "layout_of", "verify", "verify_all"]
+
+Layout = Sequence[tuple[str, Sequence[int], torch.dtype]]  # names, shapes and dtypes, in the order of the tensors
 
 
 class CorruptWeights(ValueError):
@@ -22,17 +27,17 @@ class CorruptWeights(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: `fingerprint` is `fingerprint(tensor)` where it was published."""
+    """One tensor: `fingerprint` is `fingerprint(tensor)` where it was published, None until it is known."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    fingerprint: int
+    fingerprint: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Manifest:
-    """What a receiver will get, in order."""
+    """What a receiver will get, in order. Fingerprints that travel with the tensors are filled in behind the last."""
 
     version: int
     entries: tuple[Entry, ...]
@@ -57,6 +62,20 @@ class Transport(Protocol):
         """The tensors in the manifest's order, each verified. They may share memory with the transport and hold only
         until the next one is asked for: a receiver copies what it keeps, on its current stream, and writes to none.
         Raises CorruptWeights."""
+        ...
+
+
+class SentTransport(Transport, Protocol):
+    """Of weights that are gathered while they travel, once for all who receive them."""
+
+    def offer(self, layout: Layout, version: int) -> Any:
+        """The handle, at once: what `send` will bring."""
+        ...
+
+    def send(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+        """Brings what was offered to every engine that it was offered to, a bucket at a time. Takes every one of
+        `tensors` whatever happens to an engine, because a gather needs all its ranks to the end, and raises
+        RuntimeError after that."""
         ...
 
 
@@ -99,12 +118,55 @@ def verify_all(entries: Sequence[Entry], tensors: Sequence[Tensor]) -> None:
     """Raises CorruptWeights, naming the first tensor that is not what its entry describes."""
     found = describe_all([(entry.name, tensor) for entry, tensor in zip(entries, tensors, strict=True)])
     for ours, theirs in zip(found, entries, strict=True):
-        if ours != theirs:
-            what = next(key for key, value in asdict(theirs).items() if asdict(ours)[key] != value)
-            raise CorruptWeights(
-                f"weights arrived damaged: {theirs.name} has {what} {getattr(ours, what)}, "
-                f"published was {getattr(theirs, what)}. Publish the weights again."
+        _same(ours, theirs)
+
+
+def _same(ours: Entry, theirs: Entry) -> None:
+    if ours != theirs:
+        what = next(key for key, value in asdict(theirs).items() if asdict(ours)[key] != value)
+        raise CorruptWeights(
+            f"weights arrived damaged: {theirs.name} has {what} {getattr(ours, what)}, "
+            f"published was {getattr(theirs, what)}. Publish the weights again."
+        )
+
+
+def layout_of(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
+
+
+class Checks:
+    """Arriving tensors against the fingerprints they were published with. On a CPU a bucket is compared when it is
+    added; on a GPU its numbers stay there and nothing waits: `finish` reads all of them at once."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Sequence[Entry], Tensor, Tensor | Sequence[int]]] = []
+        self.entries: list[Entry] = []  # with their fingerprints, once compared
+
+    def add(self, entries: Sequence[Entry], found: Tensor, published: Tensor | Sequence[int]) -> None:
+        """`found` and `published`: a number for each, modulo 2^64. Raises CorruptWeights (see `finish`) at once where
+        the numbers are on the CPU."""
+        self._waiting.append((entries, found, published))
+        if not found.is_cuda:
+            self.finish()
+
+    def finish(self) -> tuple[Entry, ...]:
+        """The entries of everything that was added. Raises CorruptWeights, naming the first damaged tensor."""
+        on_gpu = [n for _, found, published in self._waiting for n in (found, published) if _on_gpu(n)]
+        numbers = iter(torch.cat(on_gpu).tolist() if on_gpu else ())
+        for entries, found, published in self._waiting:
+            ours, theirs = (
+                [next(numbers) for _ in entries] if _on_gpu(n) else n.tolist() if isinstance(n, Tensor) else n
+                for n in (found, published)
             )
+            for entry, our, their in zip(entries, ours, theirs, strict=True):
+                self.entries.append(replace(entry, fingerprint=their % (1 << 64)))
+                _same(replace(entry, fingerprint=our % (1 << 64)), self.entries[-1])
+        self._waiting = []
+        return tuple(self.entries)
+
+
+def _on_gpu(numbers: Tensor | Sequence[int]) -> bool:
+    return isinstance(numbers, Tensor) and numbers.is_cuda
 
 
 def changed(published: Manifest, held: Iterable[tuple[str, Tensor]]) -> list[str]:

@@ -4,69 +4,91 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from rollout.transport.base import Entry
+from rollout.transport.base import Entry, Layout
+from rollout.transport.fingerprint import Reading
+from rollout.transport.payload import parts, put
 
 ALIGNMENT = 64  # bytes; every tensor starts on one
 BUCKET_BYTES = 256 << 20
 
 
-@dataclass
+@dataclass(eq=False)
 class Bucket:
-    """Items of one bucket, and the byte at which each begins."""
+    """Entries of one bucket and the byte at which each begins. `groups` are the entries of each tensor of the trainer:
+    one, or an FP8 weight and its scales. All come from the rank `owner`; `first` is the first one's place among all."""
 
-    items: list = field(default_factory=list)
+    owner: int = 0
+    first: int = 0
+    entries: list[Entry] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    groups: list[tuple[Entry, ...]] = field(default_factory=list)
     nbytes: int = 0
 
-
-def nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    return prod(shape) * dtype.itemsize
-
-
-def fill(sized: Iterable[tuple[object, int]], bucket_bytes: int) -> Iterator[Bucket]:
-    """Puts (item, bytes) into buckets in order. A new one begins where the next item does not fit; an item larger than
-    `bucket_bytes` has a bucket to itself."""
-    bucket = Bucket()
-    for item, size in sized:
-        if bucket.items and bucket.nbytes + size > bucket_bytes:
-            yield bucket
-            bucket = Bucket()
-        bucket.items.append(item)
-        bucket.offsets.append(bucket.nbytes)
-        bucket.nbytes += -(-size // ALIGNMENT) * ALIGNMENT
-    if bucket.items:
-        yield bucket
+    @property
+    def nbytes_with_numbers(self) -> int:
+        """With the fingerprints behind the tensors."""
+        return self.nbytes + 8 * len(self.entries)
 
 
-def payload_dtype(name: str, dtype: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    """How a tensor travels: as it is, or floats as `asked`. A router's bias stays float32: its steps of 1e-3 are below
-    BF16's resolution near 1."""
-    if asked is None or dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return dtype
-    return dtype if name.endswith("e_score_correction_bias") else asked
+def nbytes(entry: Entry) -> int:
+    return prod(entry.shape) * getattr(torch, entry.dtype).itemsize
 
 
-def buckets_of(
-    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, payload: torch.dtype | None
-) -> Iterator[Bucket]:
-    """Buckets of (name, tensor, dtype it travels in)."""
-
-    def sized() -> Iterator[tuple[tuple[str, Tensor, torch.dtype], int]]:
-        for name, tensor in tensors:
-            dtype = payload_dtype(name, tensor.dtype, payload)
-            yield (name, tensor.detach(), dtype), nbytes(tensor.shape, dtype)
-
-    return fill(sized(), bucket_bytes)  # type: ignore[arg-type]
+def buckets_of(entries: Sequence[Entry], bucket_bytes: int, owners: tuple[int, ...] | None = None) -> list[Bucket]:
+    """Entries in buckets, in order. A new one begins where the next tensor does not fit or has another owner; a tensor
+    larger than `bucket_bytes` has a bucket to itself. Trainer and engine come to the same buckets, and sync after
+    sync to the same objects."""
+    return _buckets_of(tuple((entry.name, entry.shape, entry.dtype) for entry in entries), bucket_bytes, owners)
 
 
-def buckets_of_entries(entries: Sequence[Entry], bucket_bytes: int) -> list[Bucket]:
-    """The same buckets as `buckets_of` makes, of the manifest's entries."""
-    return list(fill(((e, nbytes(e.shape, getattr(torch, e.dtype))) for e in entries), bucket_bytes))
+@lru_cache(maxsize=8)
+def _buckets_of(lines: tuple[tuple, ...], bucket_bytes: int, owners: tuple[int, ...] | None) -> list[Bucket]:
+    buckets: list[Bucket] = []
+    at = 0
+    for group in parts([Entry(*line) for line in lines]):
+        owner = owners[at] if owners else 0
+        sizes = [-(-nbytes(entry) // ALIGNMENT) * ALIGNMENT for entry in group]
+        if not buckets or buckets[-1].owner != owner or buckets[-1].nbytes + sum(sizes) > bucket_bytes:
+            buckets.append(Bucket(owner, at))
+        at += len(group)
+        bucket = buckets[-1]
+        bucket.groups.append(group)
+        for entry, size in zip(group, sizes, strict=True):
+            bucket.entries.append(entry)
+            bucket.offsets.append(bucket.nbytes)
+            bucket.nbytes += size
+    return buckets
+
+
+def sources(
+    buckets: Sequence[Bucket], layout: Layout, tensors: Iterable[tuple[str, Tensor | None]]
+) -> Iterator[tuple[Bucket, list[Tensor | None]]]:
+    """Each bucket with the trainer's tensors that go into it, None where another rank has them; takes all of
+    `tensors`. Raises ValueError where they are not those of `layout`."""
+    lines, incoming, number = iter(layout), iter(tensors), 0
+    for bucket in buckets:
+        taken: list[Tensor | None] = []
+        for _ in bucket.groups:
+            name, shape, dtype = next(lines)
+            found = next(incoming, None)
+            if found is None:
+                raise ValueError(f"the weights ended after {number} of {len(layout)} tensors: {name} was to follow")
+            number += 1
+            tensor = found[1]
+            if found[0] != name or (tensor is not None and (tuple(tensor.shape), tensor.dtype) != (shape, dtype)):
+                kind = "" if tensor is None else f" {tuple(tensor.shape)} {tensor.dtype}"
+                raise ValueError(f"{found[0]}{kind} came where {name} {tuple(shape)} {dtype} was offered")
+            taken.append(None if tensor is None else tensor.detach())
+        yield bucket, taken
+    if (more := next(incoming, None)) is not None:
+        raise ValueError(f"{more[0]} came behind the last of {len(layout)} tensors that were offered")
 
 
 class Window:
@@ -74,30 +96,29 @@ class Window:
 
     def __init__(self, buffer: Tensor):
         self.buffer = buffer  # uint8
-        self._views: dict[tuple, Tensor] = {}
+        self._views: dict[Bucket, list[Tensor]] = {}
+        self._readings: dict[Bucket, Reading] = {}
 
-    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        key = (offset, shape, dtype)
-        found = self._views.get(key)
-        if found is None:
-            flat = self.buffer[offset : offset + nbytes(shape, dtype)]
-            found = self._views[key] = flat.view(dtype).view(shape)
-        return found
+    def views(self, bucket: Bucket) -> list[Tensor]:
+        """The bucket's tensors, one for each entry."""
+        if bucket not in self._views:
+            self._views[bucket] = [
+                self.buffer[offset : offset + nbytes(entry)].view(getattr(torch, entry.dtype)).view(entry.shape)
+                for entry, offset in zip(bucket.entries, bucket.offsets, strict=True)
+            ]
+        return self._views[bucket]
 
-    def pack(self, bucket: Bucket) -> list[tuple[str, Tensor]]:
-        """Copies the (name, tensor, dtype) of `bucket` into the buffer, cast where dtypes differ; returns the copies
-        under their names."""
-        placed = [
-            self.view(offset, tuple(tensor.shape), dtype)
-            for (_, tensor, dtype), offset in zip(bucket.items, bucket.offsets, strict=True)
-        ]
-        sources = [tensor for _, tensor, _ in bucket.items]
-        torch._foreach_copy_(placed, sources, non_blocking=False)
-        return [(name, view) for (name, _, _), view in zip(bucket.items, placed, strict=True)]
+    def pack(self, bucket: Bucket, tensors: Sequence[Tensor]) -> None:
+        """Copies the trainer's tensors into the buffer, in the form they travel in."""
+        views = iter(self.views(bucket))
+        put(tensors, [tuple(next(views) for _ in group) for group in bucket.groups])
 
-    def unpack(self, bucket: Bucket) -> list[Tensor]:
-        """Views of the tensors that the entries of `bucket` describe."""
-        return [
-            self.view(offset, entry.shape, getattr(torch, entry.dtype))
-            for entry, offset in zip(bucket.items, bucket.offsets, strict=True)
-        ]
+    def numbers(self, bucket: Bucket) -> Int[Tensor, " entries"]:
+        """The fingerprints of the bucket's tensors as they lie here, see `Reading`."""
+        if bucket not in self._readings:
+            self._readings[bucket] = Reading(self.views(bucket))
+        return self._readings[bucket]()
+
+    def numbers_sent(self, bucket: Bucket) -> Int[Tensor, " entries"]:
+        """The place behind the tensors where their fingerprints travel."""
+        return self.buffer[bucket.nbytes : bucket.nbytes_with_numbers].view(torch.int64)

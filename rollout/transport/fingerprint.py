@@ -7,8 +7,10 @@ go through one kernel that reads every byte once, and one small copy brings the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd: multiplying by it modulo 2^64 loses nothing
@@ -32,23 +34,32 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
     found = [0] * len(tensors)
     batches: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        if tensor.is_cuda and tensor.numel():
-            batches.setdefault(tensor.device, []).append(i)
-        else:
-            found[i] = _sum_words(tensor)
-    for device, members in batches.items():
-        from rollout.transport.triton_fingerprint import sum_words
+        batches.setdefault(tensor.device, []).append(i)
+    for members in batches.values():
+        for i, number in zip(members, Reading([tensors[i] for i in members])().tolist(), strict=True):
+            found[i] = number % (1 << 64)
+    return found
 
-        kept: list[Tensor] = []  # copies of what cannot be read in place, until the sums are there
-        spans = []
-        for i in members:
-            tensor = tensors[i]
-            if not (tensor.is_contiguous() and tensor.nbytes % 8 == 0 and tensor.data_ptr() % 8 == 0):
-                kept.append(tensor := _words(tensor))
-            spans.append((tensor.data_ptr(), tensor.nbytes // 8))
-        for i, total in zip(members, sum_words(spans, device).tolist(), strict=True):
-            found[i] = total
-    return [(total + tensor.numel()) % (1 << 64) for total, tensor in zip(found, tensors, strict=True)]
+
+class Reading:
+    """Fingerprints of tensors (of one device) that stay where they are while their contents change: what the kernel
+    has to be told about them is laid out once. Tensors that the kernel cannot read in place are copied here."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.tensors = [tensor.detach() for tensor in tensors]
+        self._plan: Any = None
+        if self.tensors and self.tensors[0].is_cuda:
+            from rollout.transport.triton_fingerprint import Plan, readable
+
+            self.tensors = [t if readable(t) else t.contiguous().clone() for t in self.tensors]
+            self._plan = Plan(self.tensors)
+
+    def __call__(self) -> Int[Tensor, " tensors"]:
+        """The numbers modulo 2^64, as int64 on the tensors' device; on a GPU nothing waits for them."""
+        if self._plan is not None:
+            return self._plan()
+        numbers = [(_sum_words(tensor) + tensor.numel()) % (1 << 64) for tensor in self.tensors]
+        return torch.tensor([n - (n >> 63 << 64) for n in numbers], dtype=torch.int64)
 
 
 def _words(tensor: Tensor) -> Tensor:

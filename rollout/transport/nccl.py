@@ -1,53 +1,66 @@
-"""Weights from the trainer's device to engines on other devices: one broadcast, bucket by bucket.
+"""Weights from the trainer's devices to engines on other devices: broadcasts, bucket by bucket.
 
-The process group is this transport's own, made on the first publication from torch's ProcessGroupNCCL (gloo on a CPU),
-beside whatever groups trainer and engines have. The trainer broadcasts in a thread, two buckets in flight; every
-engine of the group has to receive each publication. Neither side ever holds a second copy of the model."""
+The process groups are this transport's own, made on the first sync from torch's ProcessGroupNCCL (gloo on a CPU),
+beside whatever groups trainer and engines have. Every rank that sends forms one with all engines: a tensor that only
+one rank holds (an expert) goes from there to the engines, and no other rank of the trainer sees it. Two buckets are
+in flight; their fingerprints travel behind them. Neither side ever holds a second copy of the model.
+
+All that trainer and engines do on a GPU is ordered there: no side waits for it before the end, when all fingerprints
+are compared at once. The kernel that takes those of a bucket runs while the next bucket travels, on NCCL's own stream.
+"""
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from rollout.transport.base import CorruptWeights, Entry, Manifest, Received, describe_all, verify_all
-from rollout.transport.buckets import BUCKET_BYTES, Window, buckets_of, buckets_of_entries
+from rollout.transport.base import Checks, CorruptWeights, Layout, Manifest, Received, layout_of
+from rollout.transport.buckets import BUCKET_BYTES, Bucket, Window, buckets_of, sources
+from rollout.transport.nccl_group import Group
+from rollout.transport.payload import Payload, travelling, travelling_owners
 
 _IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
 class Published:
-    """What an engine needs to take part in one broadcast. `meeting` is a file, or host:port of the trainer's store."""
+    """What an engine needs to take part in the broadcasts. `meetings` are where the group of each sending rank meets:
+    a file, or host:port of that rank's store; `owners` the rank that sends each entry (None: rank 0 all)."""
 
     manifest: Manifest = field(repr=False)
     bucket_bytes: int
     engines: int
-    meeting: str
+    meetings: dict[int, str]
     backend: str
+    owners: tuple[int, ...] | None = field(default=None, repr=False)
+
+
+def merged(handles: Sequence[Published]) -> Published:
+    """One handle for the engines of those that the ranks of a trainer offered."""
+    first = handles[0]
+    if any(handle.manifest != first.manifest or handle.owners != first.owners for handle in handles[1:]):
+        raise ValueError("the ranks of the trainer offered different weights: their layouts or versions differ")
+    return replace(first, meetings={rank: place for handle in handles for rank, place in handle.meetings.items()})
 
 
 class NcclTransport:
-    """`publish` on the trainer, `receive` in each of `engines` processes with a device of its own.
+    """`publish`, or `offer` and `send` on each rank of the trainer; `receive` in each of `engines` processes with a
+    device of its own.
 
-    Trainer and engines share a host unless `host` names the trainer's address that engines of others reach. A
+    Trainer and engines share a host unless `host` names this rank's address that engines of others reach. A
     publication ends with its broadcast: every engine receives it once, and one that comes later needs the next.
-    `timeout_s` bounds a broadcast; NCCL ends a process whose peer is gone by then. `payload` as in IpcTransport."""
+    `timeout_s` is how long either side waits for the other before it gives up. `payload` as in IpcTransport."""
 
     def __init__(
         self,
         engines: int,
         bucket_bytes: int = BUCKET_BYTES,
-        payload: torch.dtype | None = None,
+        payload: Payload = None,
         host: str | None = None,
         timeout_s: float = 120.0,
     ):
@@ -55,7 +68,9 @@ class NcclTransport:
             raise ValueError(f"engines is {engines} and bucket_bytes {bucket_bytes}; both must be at least 1")
         self.engines, self.bucket_bytes, self.payload = engines, bucket_bytes, payload
         self.host, self.timeout_s = host, timeout_s
-        self._group: _Group | None = None
+        self.checks = True  # False: arriving tensors are not compared, to measure what that costs
+        self._groups: dict[int, Group] = {}  # by the rank that sends
+        self._offer: _Offer | None = None
         self._sending: threading.Thread | None = None
         self._failure: Exception | None = None
         self._windows: list[Window] = []
@@ -64,23 +79,107 @@ class NcclTransport:
         """Travels as what it was made with: groups and buffers belong to this process."""
         return NcclTransport, (self.engines, self.bucket_bytes, self.payload, self.host, self.timeout_s)
 
+    # --- the trainer's side ------------------------------------------------------------------------------------------
+
     def publish(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> Published:
-        """Reads the weights once for the manifest; a thread reads them again for the broadcast, so they must not
-        change until `wait` returns. An iterator is kept as a list. Raises what the last broadcast failed with."""
+        """`offer`, with a thread that does the sending: the weights must not change until `wait` returns. Raises what
+        the last broadcast failed with."""
         self.wait()
-        tensors = list(tensors) if isinstance(tensors, Iterator) else tensors
-        entries: list[Entry] = []
-        device = torch.device("cpu")
-        for bucket in buckets_of(tensors, self.bucket_bytes, self.payload):
-            device = bucket.items[0][1].device
-            entries += describe_all(self._window(0, bucket.nbytes, device).pack(bucket))
-        if self._group is None:
-            self._group = _Group.host(self.engines, device, self.host, self.timeout_s)
-        self._sending = threading.Thread(target=self._send, args=(tensors, device), name="weights to engines")
+        tensors = list(tensors)
+        device = tensors[0][1].device if tensors else torch.device("cpu")
+        handle = self.offer(layout_of(tensors), version, device=device)
+        self._sending = threading.Thread(target=self._send_alone, args=(tensors, device), name="weights to engines")
         self._sending.daemon = True
         self._sending.start()
-        manifest = Manifest(version, tuple(entries))
-        return Published(manifest, self.bucket_bytes, self.engines, self._group.meeting, self._group.backend)
+        return handle
+
+    def offer(
+        self,
+        layout: Layout,
+        version: int,
+        owners: Sequence[int] | None = None,
+        rank: int = 0,
+        device: torch.device | None = None,
+    ) -> Published:
+        """The handle of weights that `send` will bring from `device` (default: the current GPU, where there is one).
+        With several ranks each calls this with its `rank` and the same layout; `owners` says which rank sends each
+        tensor (default: rank 0 all of them), and engines are given the handles `merged`."""
+        if owners is not None and len(owners) != len(layout):
+            raise ValueError(f"{len(owners)} owners for {len(layout)} tensors")
+        if device is None:
+            on_gpu = torch.cuda.is_available()
+            device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        entries = travelling(layout, self.payload)
+        of_entries = None if owners is None else travelling_owners(layout, owners, self.payload)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if rank in (owners or (0,)) and rank not in self._groups:
+            self._groups[rank] = Group.host(self.engines, backend, self.host, self.timeout_s)
+        meetings = {rank: self._groups[rank].meeting} if rank in self._groups else {}
+        handle = Published(Manifest(version, entries), self.bucket_bytes, self.engines, meetings, backend, of_entries)
+        self._offer = _Offer(handle, list(layout), rank, device)
+        return handle
+
+    def send(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+        """Brings what was offered, while the engines receive it; see `SentTransport`. None stands for a tensor that
+        another rank sends."""
+        offer, self._offer = self._offer, None
+        if offer is None:
+            raise RuntimeError("nothing was offered: call offer before each send")
+        buckets = buckets_of(offer.handle.manifest.entries, self.bucket_bytes, offer.handle.owners)
+        mine = [bucket for bucket in buckets if bucket.owner == offer.rank]
+        works: list[Any] = []
+        failure: RuntimeError | None = None
+        try:
+            for bucket, taken in sources(buckets, offer.layout, tensors):
+                if bucket.owner != offer.rank or failure is not None:
+                    continue  # the other ranks' collectives need this one to the end
+                try:
+                    self._send_bucket(bucket, taken, works, mine, offer)
+                except RuntimeError as error:
+                    failure = error
+            if failure is None and mine:
+                try:
+                    for work in works[-_IN_FLIGHT:]:
+                        work.wait()
+                    self._groups[offer.rank].finish(offer.device)
+                except RuntimeError as error:
+                    failure = error
+        except BaseException:
+            self._drop(offer.rank)  # engines that wait see it
+            raise
+        if failure is not None:
+            self._drop(offer.rank)
+            version = offer.handle.manifest.version
+            raise RuntimeError(
+                f"version {version} of the weights did not reach every engine: the broadcast from rank {offer.rank} "
+                f"failed at bucket {min(len(works), len(mine) - 1)} of {len(mine)}: {failure}"
+            ) from failure
+
+    def _send_bucket(
+        self, bucket: Bucket, taken: list[Tensor | None], works: list[Any], mine: list[Bucket], offer: _Offer
+    ) -> None:
+        index, group = len(works), self._groups[offer.rank]
+        group.meet()
+        if index >= _IN_FLIGHT:
+            works[index - _IN_FLIGHT].wait()  # on a GPU the stream waits, not this thread
+        window = self._window(index % _IN_FLIGHT, mine, offer.device)
+        window.pack(bucket, taken)
+        window.numbers_sent(bucket).copy_(window.numbers(bucket))
+        works.append(group.broadcast(window.buffer[: bucket.nbytes_with_numbers]))
+
+    def _send_alone(self, tensors: list[tuple[str, Tensor]], device: torch.device) -> None:
+        """`send` in a thread of its own, and on a stream of its own."""
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                stream = torch.cuda.Stream(device)
+                stream.wait_stream(torch.cuda.default_stream(device))
+                with torch.cuda.stream(stream):
+                    self.send(tensors)
+            else:
+                self.send(tensors)
+        except Exception as error:  # told by `wait`, on the trainer's own thread
+            self._failure = error
 
     def wait(self) -> None:
         """Returns once the last publication has been broadcast: the weights may change. Raises what went wrong."""
@@ -88,144 +187,111 @@ class NcclTransport:
             self._sending.join()
             self._sending = None
         if self._failure is not None:
-            failure, self._failure, self._group = self._failure, None, None
+            failure, self._failure = self._failure, None
             raise RuntimeError(f"the broadcast of the weights failed: {failure}") from failure
+
+    def close(self) -> None:
+        """Leaves the groups: the next sync makes new ones, for engines that were started again too."""
+        for rank in list(self._groups):
+            self._drop(rank)
+        self._windows = []
+
+    def _drop(self, rank: int) -> None:
+        group = self._groups.pop(rank, None)
+        if group is not None:
+            group.abort()
+
+    # --- the engine's side -------------------------------------------------------------------------------------------
 
     def manifest(self, handle: Published) -> Manifest:
         return handle.manifest
 
     def receive(self, handle: Published) -> Received:
-        return Received(handle.manifest, self._tensors(handle))
+        manifest = Manifest(handle.manifest.version, handle.manifest.entries)
+        return Received(manifest, self._tensors(handle, manifest))
 
-    def close(self) -> None:
-        self._group, self._windows = None, []
-
-    def plain_broadcast(self, nbytes: int, device: torch.device) -> None:
-        """Broadcasts that many bytes in one piece, without weights: what a transfer costs at the least. Trainer and
-        engines call it together after a first publication."""
-        assert self._group is not None
-        self._group.broadcast(torch.empty(nbytes, dtype=torch.uint8, device=device)).wait()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def _send(self, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
-        try:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            works: list[Any] = []
-            stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-            if stream is not None:
-                stream.wait_stream(torch.cuda.default_stream(device))
-            with torch.cuda.stream(stream):
-                for index, bucket in enumerate(buckets_of(tensors, self.bucket_bytes, self.payload)):
-                    if index >= _IN_FLIGHT:
-                        works[index - _IN_FLIGHT].wait()  # on a GPU the stream waits, not this thread
-                    window = self._window(index % _IN_FLIGHT, bucket.nbytes, device)
-                    window.pack(bucket)
-                    works.append(self._group.broadcast(window.buffer[: bucket.nbytes]))
-                for work in works[-_IN_FLIGHT:]:
-                    work.wait()
-            if stream is not None:
-                stream.synchronize()
-        except Exception as error:  # told by `wait`, on the trainer's own thread
-            self._failure = error
-
-    def _tensors(self, handle: Published) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, handle: Published, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
         device = torch.device("cuda", torch.cuda.current_device()) if handle.backend == "nccl" else torch.device("cpu")
-        if self._group is None or self._group.meeting != handle.meeting:
-            self._group = _Group.join(handle, device, self.timeout_s)
-        buckets = buckets_of_entries(handle.manifest.entries, handle.bucket_bytes)
+        buckets = buckets_of(handle.manifest.entries, handle.bucket_bytes, handle.owners)
+        self._join(handle, {bucket.owner for bucket in buckets})
         works: list[Any] = []
+        checks = Checks()
 
-        def begin(index: int) -> None:
-            bucket = buckets[index]
-            window = self._window(index % _IN_FLIGHT, bucket.nbytes, device)
-            works.append(self._group.broadcast(window.buffer[: bucket.nbytes]))
+        def begin() -> None:
+            bucket = buckets[len(works)]
+            window = self._window(len(works) % _IN_FLIGHT, buckets, device)
+            works.append(self._groups[bucket.owner].broadcast(window.buffer[: bucket.nbytes_with_numbers]))
 
         index, broken = 0, False
         try:
-            for ahead in range(min(_IN_FLIGHT - 1, len(buckets))):
-                begin(ahead)
+            for _ in range(min(_IN_FLIGHT - 1, len(buckets))):
+                begin()
             for index, bucket in enumerate(buckets):
                 # The next one travels meanwhile, into the other buffer, behind the copies that still read there.
-                if index + _IN_FLIGHT - 1 < len(buckets):
-                    begin(index + _IN_FLIGHT - 1)
+                if len(works) < len(buckets):
+                    begin()
                 works[index].wait()
-                tensors = self._windows[index % _IN_FLIGHT].unpack(bucket)
-                verify_all(bucket.items, tensors)
-                for entry, tensor in zip(bucket.items, tensors, strict=True):
+                window = self._windows[index % _IN_FLIGHT]
+                if self.checks:
+                    sent = window.numbers_sent(bucket)
+                    checks.add(bucket.entries, window.numbers(bucket), sent.clone() if sent.is_cuda else sent)
+                for entry, tensor in zip(bucket.entries, window.views(bucket), strict=True):
                     yield entry.name, tensor
+            if buckets:
+                self._groups[buckets[-1].owner].finish(device)
+            if self.checks:
+                manifest.entries = checks.finish()
         except RuntimeError as error:
-            self._group, broken = None, True
+            broken = True
+            self.close()
             raise CorruptWeights(f"weights did not arrive: the broadcast of bucket {index} failed: {error}") from error
         finally:
-            for late in range(len(buckets) if broken else len(works), len(buckets)):
-                begin(late)  # whoever gives up early still takes part to the end
-                works[late].wait()
+            try:
+                while not broken and len(works) < len(buckets):  # whoever gives up early still takes part to the end
+                    begin()
+                    works[-1].wait()
+            except RuntimeError:  # what it gave up for is told
+                self.close()
 
-    def _window(self, slot: int, nbytes: int, device: torch.device) -> Window:
+    def _join(self, handle: Published, owners: set[int]) -> None:
+        """This engine's place in the group of every rank that sends."""
+        for owner in sorted(owners):
+            group = self._groups.get(owner)
+            if group is not None and group.meeting == handle.meetings.get(owner):
+                continue
+            if owner not in handle.meetings:
+                raise CorruptWeights(
+                    f"weights cannot arrive: rank {owner} of the trainer sends some of them, its handle is not here: "
+                    "engines take the handles of all ranks, merged"
+                )
+            joined = Group.join(handle.meetings[owner], handle.engines, handle.backend, self.timeout_s)
+            if joined is None:
+                raise CorruptWeights(
+                    f"weights cannot arrive: {handle.engines} engines receive from this trainer and this is one more "
+                    "(one that was started again has to wait for a new group)"
+                )
+            self._groups[owner] = joined
+
+    def _window(self, slot: int, buckets: Sequence[Bucket], device: torch.device) -> Window:
+        """A buffer that holds each of these buckets."""
+        size = max(bucket.nbytes_with_numbers for bucket in buckets)
         while len(self._windows) <= slot:
             self._windows.append(Window(torch.empty(0, dtype=torch.uint8, device=device)))
-        if len(self._windows[slot].buffer) < nbytes or self._windows[slot].buffer.device != device:
-            size = nbytes if 2 * nbytes <= self.bucket_bytes else max(nbytes, self.bucket_bytes)
+        if len(self._windows[slot].buffer) < size or self._windows[slot].buffer.device != device:
             self._windows[slot] = Window(torch.empty(size, dtype=torch.uint8, device=device))
         return self._windows[slot]
 
+    def plain_broadcast(self, nbytes: int, device: torch.device) -> None:
+        """Broadcasts that many bytes from rank 0 in one piece, without weights: what a transfer costs at the least.
+        Trainer and engines call it together after a first publication."""
+        self._groups[0].broadcast(torch.empty(nbytes, dtype=torch.uint8, device=device)).wait()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
-class _Group:
-    """A process group of the trainer (rank 0) and its engines, outside torch's global ones."""
 
-    def __init__(self, store: Any, rank: int, size: int, backend: str, meeting: str, timeout_s: float):
-        self.backend, self.meeting, self._store = backend, meeting, store
-        self._rank, self._size, self._timeout = rank, size, timedelta(seconds=timeout_s)
-        self._members: Any = None
-
-    def _joined(self) -> Any:
-        """Torch's group, made when the first broadcast begins: gloo's waits there until everybody has come."""
-        if self._members is not None:
-            return self._members
-        if self.backend == "nccl":
-            os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast on shared hosts can take their GPUs down
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = self._timeout
-            self._members = dist.ProcessGroupNCCL(self._store, self._rank, self._size, options)
-        else:
-            self._members = dist.ProcessGroupGloo(self._store, self._rank, self._size, self._timeout)
-        return self._members
-
-    @staticmethod
-    def host(engines: int, device: torch.device, host: str | None, timeout_s: float) -> _Group:
-        """The trainer's end of a new group."""
-        size, backend = 1 + engines, "nccl" if device.type == "cuda" else "gloo"
-        if host is None:
-            handle, meeting = tempfile.mkstemp(prefix="rlzero-weights-")
-            os.close(handle)
-            Path(meeting).unlink()  # the store makes it, and removes it with its last member
-            store = dist.FileStore(meeting, size)
-        else:
-            store = dist.TCPStore(host, 0, size, True, timedelta(seconds=timeout_s), wait_for_workers=False)
-            meeting = f"{host}:{store.port}"
-        return _Group(store, 0, size, backend, meeting, timeout_s)
-
-    @staticmethod
-    def join(handle: Published, device: torch.device, timeout_s: float) -> _Group:
-        """An engine's end of the group that `handle` names."""
-        size = 1 + handle.engines
-        host, _, port = handle.meeting.rpartition(":")
-        if host:
-            store = dist.TCPStore(host, int(port), size, False, timedelta(seconds=timeout_s))
-        else:
-            store = dist.FileStore(handle.meeting, size)
-        rank = store.add("engines", 1)
-        if rank > handle.engines:
-            raise CorruptWeights(
-                f"weights cannot arrive: {handle.engines} engines receive from this trainer and this is one more (one "
-                "that was started again has to wait for a new group)"
-            )
-        return _Group(store, rank, size, handle.backend, handle.meeting, timeout_s)
-
-    def broadcast(self, buffer: Tensor) -> Any:
-        """Starts to fill every member's `buffer` with the trainer's."""
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        return self._joined().broadcast([buffer], options)
+@dataclass(frozen=True)
+class _Offer:
+    handle: Published
+    layout: Layout
+    rank: int
+    device: torch.device

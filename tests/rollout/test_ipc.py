@@ -4,13 +4,14 @@ stand in one process where the device does not matter: CUDA opens no handle in t
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from rollout.transport.base import CorruptWeights, fingerprint, fingerprints
+from rollout.transport.base import CorruptWeights, fingerprint, fingerprints, layout_of
 from rollout.transport.ipc import IpcTransport
 
 pytestmark = pytest.mark.timeout(120)
@@ -150,16 +151,25 @@ def test_floats_travel_as_the_payload_but_the_routers_bias_as_it_is():
     transport.close()
 
 
-def test_a_failure_while_packing_reaches_the_engine(transport):
-    class Failing:
-        rounds = 0
+def failing():
+    yield from list(weights().items())[:9]
+    raise RuntimeError("the gather broke")
 
-        def __iter__(self):
-            self.rounds += 1
-            yield from weights().items()
-            if self.rounds > 1:
-                raise RuntimeError("the gather broke")
 
-    handle = transport.publish(Failing(), 1)
-    with pytest.raises(CorruptWeights, match="RuntimeError while packing: the gather broke"):
-        received(transport, handle)
+def test_a_gather_that_fails_reaches_the_engine_and_the_trainer(transport):
+    handle = transport.offer(layout_of(weights().items()), 1, torch.device("cpu"))
+    with ThreadPoolExecutor(1) as pool:
+        arriving = pool.submit(received, IpcTransport(timeout_s=20.0), handle)
+        with pytest.raises(RuntimeError, match="the gather broke"):
+            transport.send(failing())
+        with pytest.raises(CorruptWeights, match="RuntimeError while sending: the gather broke"):
+            arriving.result(20)
+
+
+def test_other_weights_than_were_offered_are_refused(transport):
+    sent = weights()
+    transport.offer(layout_of(sent.items()), 1, torch.device("cpu"))
+    transport.engines = 0
+    sent["layer.3.weight"] = sent["layer.3.weight"].float()
+    with pytest.raises(ValueError, match=r"layer\.3\.weight \(19, 24\) torch.float32 came where layer\.3\.weight"):
+        transport.send(sent.items())

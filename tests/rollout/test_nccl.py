@@ -11,8 +11,8 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from rollout.transport.base import CorruptWeights, fingerprint
-from rollout.transport.nccl import NcclTransport
+from rollout.transport.base import CorruptWeights, fingerprint, layout_of
+from rollout.transport.nccl import NcclTransport, merged
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -97,22 +97,24 @@ def test_an_engine_that_gives_up_early_holds_nobody():
         assert all(torch.equal(found[n], sent[n]) for n in sent)
 
 
-def test_weights_that_change_under_the_broadcast_are_named():
+def test_a_byte_that_changes_on_its_way_is_named():
     transport, engines = NcclTransport(1, SMALL, timeout_s=20.0), Engines(1)
+    handle = transport.offer(layout_of(weights().items()), 1, device=torch.device("cpu"))
+    group = transport._groups[0]
+    honest, count = group.broadcast, 0
 
-    class Changing:
-        """Weights that a careless trainer changes after it has published them."""
+    def damaging(buffer: Tensor):
+        nonlocal count
+        count += 1
+        buffer[8] ^= count == 3
+        return honest(buffer)
 
-        rounds = 0
-
-        def __iter__(self):
-            self.rounds += 1
-            for name, tensor in weights().items():
-                yield name, tensor + (self.rounds > 1 and name == "layer.7.weight")
-
-    with pytest.raises(CorruptWeights, match=r"layer\.7\.weight has fingerprint"):
-        engines.receive(transport.publish(Changing(), 1))
-    transport.wait()
+    group.broadcast = damaging
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(transport.send, weights().items())
+        with pytest.raises(CorruptWeights, match=r"layer\.7\.weight has fingerprint"):
+            engines.receive(handle)
+        sending.result(20)
 
 
 def test_one_engine_too_many_is_told_so():
@@ -123,21 +125,35 @@ def test_one_engine_too_many_is_told_so():
         list(NcclTransport(1, timeout_s=20.0).receive(handle))
 
 
-def test_a_failure_while_sending_reaches_the_trainer():
-    transport, engines = NcclTransport(1, 1 << 20, timeout_s=3.0), Engines(1)
+def test_a_gather_that_fails_reaches_the_trainer_and_the_engine():
+    transport, engines = NcclTransport(1, SMALL, timeout_s=3.0), Engines(1)
+    engines.transports[0].timeout_s = 3.0
 
-    class Failing:
-        rounds = 0
+    def failing():
+        yield from list(weights().items())[:9]
+        raise ValueError("the gather broke")
 
-        def __iter__(self):
-            self.rounds += 1
-            if self.rounds > 1:
-                raise ValueError("the gather broke")
-            return iter(weights().items())
+    handle = transport.offer(layout_of(weights().items()), 1, device=torch.device("cpu"))
+    with ThreadPoolExecutor(1) as pool:
+        arriving = pool.submit(engines.receive, handle)
+        with pytest.raises(ValueError, match="the gather broke"):
+            transport.send(failing())
+        with pytest.raises(CorruptWeights, match="did not arrive"):
+            arriving.result(20)
+    sent = weights(2)
+    (found,) = engines.receive(transport.publish(sent.items(), 2))
+    assert all(torch.equal(found[n], sent[n]) for n in sent)
 
-    handle = transport.publish(Failing(), 1)
-    with pytest.raises(RuntimeError, match="the gather broke"):
-        transport.wait()
-    engines.transports[0].timeout_s = 1.0
-    with pytest.raises(CorruptWeights, match="did not arrive"):
-        engines.receive(handle)
+
+def test_engines_that_lack_a_ranks_handle_are_told_so():
+    transport, line = NcclTransport(1, timeout_s=3.0), [("a", (2,), torch.float32), ("b", (2,), torch.float32)]
+    handle = transport.offer(line, 1, owners=[0, 1], rank=0, device=torch.device("cpu"))
+    with pytest.raises(CorruptWeights, match="rank 1 of the trainer sends some of them"):
+        list(NcclTransport(1).receive(handle))
+
+
+def test_ranks_that_offer_different_weights_are_told_so():
+    lines = [("a", (2,), torch.float32)], [("a", (3,), torch.float32)]
+    handles = [NcclTransport(1).offer(line, 1, [0], rank, torch.device("cpu")) for rank, line in enumerate(lines)]
+    with pytest.raises(ValueError, match="offered different weights"):
+        merged(handles)

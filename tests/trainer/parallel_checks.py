@@ -182,6 +182,23 @@ def whole_weights(pair: Pair) -> dict[str, float]:
     return {"apart": apart(weights(one), found)}
 
 
+def owned_weights(pair: Pair) -> dict[str, float]:
+    """Each tensor on one rank, as one trainer alone has it; experts on the ranks that hold them; none is gathered."""
+    one, two = pair.both(dtype="bfloat16")
+    policy = two.policy
+    expected, found = dict(one.weights(mtp=True)), list(policy.owned_weights(mtp=True))
+    layout, owners = policy.layout(mtp=True), policy.owners(mtp=True)
+    assert layout == [(name, tensor.shape, tensor.dtype) for name, tensor in expected.items()]
+    assert [name for name, _ in found] == list(expected)
+    assert [tensor is not None for _, tensor in found] == [owner == pair.rank for owner in owners]
+    ep = policy.ranks.options.ep
+    for name, owner in zip(expected, owners, strict=True):
+        expert = int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else 0
+        assert owner == expert * ep // 4, name
+    mine = {name: tensor for name, tensor in found if tensor is not None}
+    return {"apart": apart({name: expected[name] for name in mine}, mine) if mine else 0.0}
+
+
 def resume(pair: Pair) -> dict[str, float]:
     """Two updates, save, load into trainers of one rank and of two, one more update: as if nothing had happened."""
     found = {}
@@ -226,8 +243,8 @@ def from_a_folder(pair: Pair) -> dict[str, float]:
 CHECKS = {
     check.__name__: check
     for check in (
-        policy_gradient, every_way_of_summing, pretraining, empty_and_uneven_experts, logprobs, whole_weights, resume,
-        from_a_folder,
+        policy_gradient, every_way_of_summing, pretraining, empty_and_uneven_experts, logprobs, whole_weights,
+        owned_weights, resume, from_a_folder,
     )
 }  # fmt: skip
 

@@ -53,6 +53,10 @@ def test_rank_0_alone_is_given_the_whole_weights_bit_for_bit(found):
     assert found["whole_weights"] == {"apart": 0.0, "others": 0.0}
 
 
+def test_every_tensor_is_given_out_by_one_rank_and_experts_by_their_own_bit_for_bit(found):
+    assert found["owned_weights"] == {"apart": 0.0}
+
+
 def test_a_checkpoint_of_one_or_two_ranks_resumes_on_one_or_two(found):
     """One more step of AdamW (rate 0.01) after resuming; on the same number of ranks bit for bit."""
     for name, value in found["resume"].items():

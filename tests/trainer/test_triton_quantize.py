@@ -53,9 +53,29 @@ def check(rows: int, columns: int) -> None:
         assert not found[:, scales.shape[1] :].any()
 
 
+def check_many() -> None:
+    from trainer.precision.quantize import block_scales_shape, quantize_blocks
+    from trainer.precision.triton_quantize import blocks_into
+
+    weights = [exact(*shape) for shape in SHAPES]
+    values = [torch.zeros(w.shape, dtype=torch.float8_e4m3fn) for w in weights]
+    scales = [torch.zeros(block_scales_shape(*w.shape)) for w in weights]
+    blocks_into([weights[0], weights[1].T.contiguous().T, weights[2]], values, scales)
+    for w, v, s in zip(weights, values, scales, strict=True):
+        expected = quantize_blocks(w)
+        assert torch.equal(v.float(), expected.values.float()) and torch.equal(s, expected.scales)
+
+
 def test_operands_lie_as_the_products_take_them():
+    run(f"from tests.trainer.test_triton_quantize import check\nfor shape in {SHAPES}: check(*shape)")
+
+
+def test_many_weights_of_one_launch_are_quantized_as_each_alone():
+    run("from tests.trainer.test_triton_quantize import check_many\ncheck_many()")
+
+
+def run(program: str) -> None:
     """In a process of its own: Triton reads the variable when it is imported."""
-    program = f"from tests.trainer.test_triton_quantize import check\nfor shape in {SHAPES}: check(*shape)"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},

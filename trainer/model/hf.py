@@ -162,20 +162,21 @@ def _misfit(places: dict[str, Tensor], name: str, shape: Iterable[int]) -> str |
 
 def layout(tensors: Iterable[tuple[str, Tensor]], format: Format | None = None) -> Iterator[Entry]:
     """What a folder of these tensors holds in `format` (None: each in its own dtype). Tensors may be on meta."""
-    return (stored for name, t in tensors for stored in _stored_as(Entry(name, t.dtype, tuple(t.shape)), format))
+    return (stored for name, t in tensors for stored in stored_as(name, t.dtype, tuple(t.shape), format))
 
 
-def _stored_as(entry: Entry, format: Format | None) -> Iterator[Entry]:
-    if format == "fp8" and _QUANTIZED.search(entry.name):
-        yield Entry(entry.name, FLOAT8, entry.shape)
-        yield Entry(entry.name + SCALE, torch.float32, block_scales_shape(*entry.shape))
+def stored_as(name: str, dtype: torch.dtype, shape: tuple[int, ...], format: Format | None) -> Iterator[Entry]:
+    """What a tensor is in `format` (None: as it is): itself, or E4M3 values and behind them their scales."""
+    if format == "fp8" and _QUANTIZED.search(name):
+        yield Entry(name, FLOAT8, shape)
+        yield Entry(name + SCALE, torch.float32, block_scales_shape(*shape))
     else:
-        keep = format is None or entry.name.endswith("e_score_correction_bias")
-        yield Entry(entry.name, entry.dtype if keep else DTYPE[format], entry.shape)
+        keep = format is None or name.endswith("e_score_correction_bias")
+        yield Entry(name, dtype if keep else DTYPE[format], shape)
 
 
 def _encode(name: str, tensor: Tensor, format: Format | None, scales: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    (first, *more) = _stored_as(Entry(name, tensor.dtype, tuple(tensor.shape)), format)
+    (first, *more) = stored_as(name, tensor.dtype, tuple(tensor.shape), format)
     if not more:
         yield name, tensor.to(first.dtype)
         return
@@ -235,7 +236,7 @@ def convert_folder(source: str | Path, target: str | Path, format: Format, shard
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = [entry for name, entry in reader.entries.items() if not name.endswith(SCALE)]
-    entries = (stored for entry in weights for stored in _stored_as(entry, format))
+    entries = (stored for entry in weights for stored in stored_as(entry.name, entry.dtype, entry.shape, format))
     with FolderWriter(target, entries, shard_bytes or SHARD_BYTES) as writer:
         for entry, tensor in reader.stored():
             if entry.name.endswith(SCALE):

@@ -3,9 +3,12 @@ in the layouts that torch's `scaled_mm` takes, and where a product of the backwa
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from jaxtyping import Float
@@ -80,6 +83,29 @@ def _blocks(
     tl.store(turned_scales + block_column * turned_scale_stride + block_row, scale)
 
 
+@triton.jit
+def _many_blocks(
+    weights, values, scales, rows, columns, first_of, tensor_of, a_weight, a_value, a_scale, TILE: tl.constexpr
+):
+    # The last three are there for their types.
+    program = tl.program_id(0)
+    tensor = tl.load(tensor_of + program)
+    height, width = tl.load(rows + tensor), tl.load(columns + tensor)
+    across = tl.cdiv(width, TILE)
+    place = program - tl.load(first_of + tensor)
+    block_row, block_column = place // across, place % across
+    r = block_row * TILE + tl.arange(0, TILE)
+    c = block_column * TILE + tl.arange(0, TILE)
+    at = r[:, None] * width + c[None, :]
+    inside = (r < height)[:, None] & (c < width)[None, :]
+    w = tl.load(weights + tensor).to(tl.pointer_type(a_weight.dtype.element_ty))
+    value = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    scale = _scale(tl.max(tl.max(tl.abs(value), 1), 0))
+    v = tl.load(values + tensor).to(tl.pointer_type(a_value.dtype.element_ty))
+    tl.store(v + at, _clamped(tl.div_rn(value, scale)).to(a_value.dtype.element_ty), mask=inside)
+    tl.store(tl.load(scales + tensor).to(tl.pointer_type(a_scale.dtype.element_ty)) + place, scale)
+
+
 def tiles(
     x: Float[Tensor, "rows columns"], along: bool = True, across: bool = False
 ) -> tuple[Operand | None, Operand | None]:
@@ -127,3 +153,27 @@ def blocks(w: Float[Tensor, "rows columns"]) -> tuple[Operand, Operand]:
         w, straight.values, straight.scales, turned.values, turned.scales, rows, columns, *strides, TILE=TILE
     )
     return straight, turned
+
+
+def blocks_into(weights: Sequence[Tensor], values: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+    """Writes what `trainer.precision.quantize.quantize_blocks` makes of each weight [rows, columns] (all of one dtype)
+    to where it is wanted: E4M3 [rows, columns], and a float32 scale a block [⌈rows/128⌉, ⌈columns/128⌉]. One launch
+    for all; whatever memory they lie in, each is contiguous."""
+    if not weights:
+        return
+    device = weights[0].device
+    sources = [w.contiguous() for w in weights]
+    counts = [s.numel() for s in scales]
+    firsts = itertools.accumulate(counts, initial=0)
+    told = torch.tensor(
+        [
+            (w.data_ptr(), v.data_ptr(), s.data_ptr(), *w.shape, first, count)
+            for w, v, s, first, count in zip(sources, values, scales, firsts, counts, strict=False)
+        ]
+    )
+    # Each row begins on 16 bytes: Triton compiles anew for other alignments.
+    *table, repeats = F.pad(told.T, (0, len(sources) % 2)).to(device)
+    numbers = torch.arange(len(repeats), device=device)
+    tensor_of = torch.repeat_interleave(numbers, repeats, output_size=sum(counts))
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        _many_blocks[(sum(counts),)](*table, tensor_of, sources[0], values[0], scales[0], TILE=TILE, num_warps=8)

@@ -1,0 +1,133 @@
+"""The processes of test_streaming.py: ranks of a trainer that gather their weights, and engines' ends that receive
+them. Each answers calls over a pipe. Imported by the spawned processes, so they stand in a file of their own."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from rollout.transport.base import fingerprint
+from rollout.transport.buckets import Window
+from rollout.transport.ipc import IpcTransport
+from rollout.transport.nccl import NcclTransport
+from rollout.transport.payload import Payload
+from trainer.parallel import ParallelOptions, Ranks, Rendezvous
+from trainer.parallel_policy import ShardedV3Policy, load_sharded_policy
+from trainer.policy import PolicyOptions
+
+V3 = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1,
+    "max_position_embeddings": 64, "initializer_range": 0.1,
+}  # fmt: skip
+OPTIONS = PolicyOptions(init=V3, dtype="bfloat16")
+SMALL = 16 << 10  # bytes a bucket: the weights take many
+
+
+class Process:
+    """A spawned process that answers calls of `kind`'s methods."""
+
+    def __init__(self, kind: type, *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=_answer, args=(there, kind, arguments), daemon=True)
+        self.process.start()
+
+    def call(self, method: str, *arguments: Any) -> None:
+        self.pipe.send((method, *arguments))
+
+    def answer(self, deadline_s: float = 60.0) -> Any:
+        """What the call returned, or the text of what it raised."""
+        assert self.pipe.poll(deadline_s), f"no answer within {deadline_s:g} s"
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _answer(pipe, kind: type, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    made = kind(*arguments)
+    while True:
+        try:
+            method, *given = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(getattr(made, method)(*given))
+        except Exception as error:
+            pipe.send(f"{type(error).__name__}: {error}" if str(error) else traceback.format_exc())
+
+
+class TrainerRank:
+    """One of two ranks over which the experts, or else all weights, are shared."""
+
+    def __init__(self, rank: int, address: str, ep: int):
+        self.ranks = Ranks(ParallelOptions(dp=2, ep=ep), torch.device("cpu"), Rendezvous(rank, address))
+        self.policy: ShardedV3Policy | None = None
+        self.transport: Any = None
+
+    def use(self, kind: str, timeout_s: float, engines: int, payload: Payload = None) -> None:
+        """From now on weights travel this way."""
+        if self.transport is not None:
+            self.transport.close()
+        ipc, rest = kind == "ipc", {"timeout_s": timeout_s, "engines": engines, "payload": payload}
+        self.transport = IpcTransport(SMALL, **rest) if ipc else NcclTransport(bucket_bytes=SMALL, **rest)
+
+    def offer(self, version: int) -> Any:
+        """Weights drawn anew for each version."""
+        self.policy = load_sharded_policy(OPTIONS, self.ranks, seed=version)
+        layout = self.policy.layout()
+        if isinstance(self.transport, IpcTransport):
+            return self.transport.offer(layout, version)
+        return self.transport.offer(layout, version, self.policy.owners(), self.ranks.rank)
+
+    def send(self, damaged: int | None = None) -> float:
+        """Seconds that it took. A byte of bucket `damaged` changes behind its fingerprints' back."""
+        ipc = isinstance(self.transport, IpcTransport)
+        began_s = time.monotonic()
+        honest, count = Window.numbers, 0
+
+        def numbers(window: Window, bucket):
+            nonlocal count
+            found = honest(window, bucket)
+            if count == damaged:
+                window.buffer[0] ^= 1
+            count += 1
+            return found
+
+        Window.numbers = numbers
+        try:
+            self.transport.send(self.policy.weights() if ipc else self.policy.owned_weights())
+        finally:
+            Window.numbers = honest
+        return time.monotonic() - began_s
+
+
+class EngineEnd:
+    """Receives, and says what arrived."""
+
+    def __init__(self, kind: str, timeout_s: float, engines: int):
+        self.transport = IpcTransport(timeout_s=timeout_s) if kind == "ipc" else NcclTransport(engines)
+        self.transport.timeout_s = timeout_s
+
+    def is_up(self) -> bool:
+        return True
+
+    def receive(self, handle: Any, dies_after: int | None = None) -> dict[str, int]:
+        """Fingerprints of what arrived, taken here; the process dies after so many tensors."""
+        arrived, found = self.transport.receive(handle), {}
+        for name, tensor in arrived:
+            if len(found) == dies_after:
+                os._exit(1)
+            found[name] = fingerprint(tensor)
+        assert {entry.name: entry.fingerprint for entry in arrived.manifest.entries} == found
+        assert arrived.manifest.version == handle.manifest.version
+        return found

@@ -1,0 +1,140 @@
+"""Block-FP8 as weights travel: what the trainer's FP8 export holds, byte for byte, on every way to an engine."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from rollout.decode_v3 import V3Decoder
+from rollout.expected_weights import ExpectedWeights, checkpoint_shapes
+from rollout.transport.base import layout_of
+from rollout.transport.buckets import buckets_of, nbytes
+from rollout.transport.disk import read_folder
+from rollout.transport.ipc import IpcTransport
+from rollout.transport.nccl import NcclTransport
+from rollout.transport.payload import dequantized, engine_payload, travelling
+from trainer.model.config import V3Config
+from trainer.model.hf import convert_folder, named_checkpoint_tensors, save_folder
+from trainer.model.v3 import V3Model
+
+pytestmark = pytest.mark.timeout(120)
+
+CONFIG = V3Config(
+    vocab_size=61, hidden_size=160, intermediate_size=144, moe_intermediate_size=136, num_hidden_layers=2,
+    num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2, kv_lora_rank=40, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, eos_token_id=1, max_position_embeddings=64,
+    initializer_range=0.05,
+)  # fmt: skip
+SMALL = 20_000  # bytes a bucket
+TOKENS = np.array([5, 9, 33, 2, 60, 17, 17, 8])
+
+
+@pytest.fixture
+def model():
+    return V3Model(CONFIG).init_weights(3).to(torch.bfloat16)
+
+
+@pytest.fixture
+def exported(model, tmp_path):
+    """The same weights as folders in BF16 and in block-FP8."""
+    save_folder(model, tmp_path / "bf16")
+    save_folder(model, tmp_path / "fp8", format="fp8")
+    return tmp_path
+
+
+def sent(kind: str, model) -> list:
+    """(name, tensor) as an engine receives them."""
+    tensors = list(named_checkpoint_tensors(model))
+    if kind == "ipc":
+        here, there = IpcTransport(SMALL, payload="fp8"), IpcTransport()
+        found = [(name, tensor.clone()) for name, tensor in there.receive(here.publish(tensors, 1))]
+        here.close()
+        return found
+    here, there = NcclTransport(1, SMALL, payload="fp8", timeout_s=20.0), NcclTransport(1, timeout_s=20.0)
+    handle = here.offer(layout_of(tensors), 1, device=torch.device("cpu"))
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(here.send, iter(tensors))
+        found = [(name, tensor.clone()) for name, tensor in there.receive(handle)]
+        sending.result(20)
+    return found
+
+
+def logprobs(weights) -> torch.Tensor:
+    decoder = V3Decoder(CONFIG, dtype=torch.float32, device="cpu")
+    decoder.load(weights)
+    return decoder.logits([TOKENS]).double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("kind", ["ipc", "nccl"])
+def test_what_arrives_is_the_fp8_export_byte_for_byte(kind, model, exported):
+    stored = dict(read_folder(exported / "fp8"))
+    found = sent(kind, model)
+    assert {name for name, _ in found} == set(stored)
+    for name, tensor in found:
+        assert tensor.dtype == stored[name].dtype and tensor.shape == stored[name].shape, name
+        assert torch.equal(tensor.view(torch.uint8), stored[name].view(torch.uint8)), name
+
+
+def test_exactly_what_deepseek_quantizes_is_quantized(model):
+    kinds = {name: tensor.dtype for name, tensor in sent("ipc", model)}
+    moe = "model.layers.1.mlp"
+    assert kinds[f"{moe}.experts.3.gate_proj.weight"] == kinds[f"{moe}.experts.0.up_proj.weight"] == torch.float8_e4m3fn
+    assert kinds["model.layers.0.self_attn.kv_b_proj.weight"] == torch.float8_e4m3fn
+    assert kinds[f"{moe}.gate.weight"] == kinds["lm_head.weight"] == kinds["model.norm.weight"] == torch.bfloat16
+    assert kinds[f"{moe}.gate.e_score_correction_bias"] == torch.float32
+    scaled = {name.removesuffix("_scale_inv") for name in kinds if name.endswith("_scale_inv")}
+    assert scaled == {name for name, dtype in kinds.items() if dtype == torch.float8_e4m3fn}
+
+
+def test_half_the_bytes_travel(model):
+    layout = layout_of(named_checkpoint_tensors(model))
+    whole, half = (sum(map(nbytes, travelling(layout, payload))) for payload in (None, "fp8"))
+    quantized = sum(np.prod(shape) for name, shape, _ in layout if "_proj" in name)
+    assert whole - half == pytest.approx(quantized, rel=0.01)  # a byte each, but for the scales
+
+
+def test_a_weight_and_its_scales_share_a_bucket(model):
+    for bucket in buckets_of(travelling(layout_of(named_checkpoint_tensors(model)), "fp8"), SMALL):
+        for group in bucket.groups:
+            assert len(group) == (2 if group[0].dtype == "float8_e4m3fn" else 1)
+
+
+@pytest.mark.parametrize("family", ["self_attn", "mlp.experts", "shared_experts", "layers.0.mlp", "gate.weight", "."])
+def test_a_model_on_the_weights_that_arrived_is_the_trainers_rounded_to_fp8(family, model, exported):
+    """Weights of one kind perturbed: what the decoder computes moves with them, and is what the export computes."""
+    before = logprobs(dequantized(read_folder(exported / "fp8")))
+    torch.manual_seed(len(family))
+    for name, tensor in named_checkpoint_tensors(model):
+        if family in name and tensor.ndim == 2:
+            tensor += (0.05 * torch.randn(tensor.shape)).to(tensor.dtype)
+    arrived = logprobs(dequantized(sent("ipc", model)))
+    save_folder(model, exported / "after", format="fp8")
+    assert torch.equal(arrived, logprobs(dequantized(read_folder(exported / "after"))))
+    rounding = (arrived - logprobs(named_checkpoint_tensors(model))).abs().mean()
+    moved = (arrived - before).abs().mean()
+    assert 0 < rounding < 0.15 and moved > 0.1, (rounding, moved)
+
+
+def test_an_fp8_engine_expects_the_scales_whether_its_folder_has_them_or_not(model, exported):
+    asked, stored = (ExpectedWeights(exported / kind, "fp8") for kind in ("bf16", "fp8"))
+    assert asked.shapes == stored.shapes == checkpoint_shapes(exported / "fp8")
+    assert asked.needed == set(asked.shapes)
+    assert len(list(asked.checked(sent("ipc", model)))) == len(asked.shapes)
+    with pytest.raises(ValueError, match="weight_scale_inv"):  # what verl #7519 left in BF16 without a word
+        list(asked.checked(named_checkpoint_tensors(model)))
+
+
+def test_the_payload_follows_from_what_the_engine_holds(exported, tmp_path):
+    convert_folder(exported / "bf16", tmp_path / "again", "fp8")
+    assert engine_payload(exported / "bf16", {}) is None
+    assert engine_payload(exported / "bf16", {"quantization": "fp8"}) == "fp8"
+    assert engine_payload(tmp_path / "again", {}) == "fp8"
+    with pytest.raises(ValueError, match="quantization awq.*in BF16 or in FP8 with blocks of 128x128"):
+        engine_payload(exported / "bf16", {"quantization": "awq"})
+
+
+def test_a_weight_without_its_scales_is_an_error(model):
+    weights = [(name, tensor) for name, tensor in sent("ipc", model) if not name.endswith("scale_inv")]
+    with pytest.raises(ValueError, match="is FP8 and its scales did not follow it"):
+        list(dequantized(weights))

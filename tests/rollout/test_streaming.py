@@ -1,0 +1,140 @@
+"""Weights that two ranks of a trainer gather while they travel, to two engines: through memory that a rank and its
+engine share (ipc), and from each rank to all engines (nccl; on a CPU gloo carries it). Two ranks and two engines'
+ends in processes of their own (streaming_processes.py)."""
+
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from streaming_processes import OPTIONS, EngineEnd, Process, TrainerRank
+
+from rollout.transport.base import fingerprint
+from rollout.transport.ipc import IpcTransport
+from rollout.transport.nccl import merged
+from trainer.policy import load_policy
+
+pytestmark = pytest.mark.timeout(300)
+TIMEOUT_S = 6.0
+
+
+class World:
+    """Two ranks, and engines that can be started again."""
+
+    def __init__(self, kind: str):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.kind, self.version = kind, 0
+        self.ranks = [Process(TrainerRank, rank, address, 2) for rank in range(2)]
+        self.engines = [Process(EngineEnd, kind, TIMEOUT_S, 2) for _ in range(2)]
+        self.use(None)
+        self.await_engines()
+
+    def use(self, payload) -> None:
+        for rank in self.ranks:
+            rank.call("use", self.kind, TIMEOUT_S, 1 if self.kind == "ipc" else 2, payload)
+        assert [rank.answer(120) for rank in self.ranks] == [None, None]
+
+    def await_engines(self) -> None:
+        for engine in self.engines:
+            engine.call("is_up")
+        assert [engine.answer(120) for engine in self.engines] == [True, True]
+
+    def restart(self, index: int) -> None:
+        self.engines[index].close()
+        self.engines[index] = Process(EngineEnd, self.kind, TIMEOUT_S, 2)
+        self.await_engines()
+
+    def sync(self, damaged=(None, None), absent=(), dies=()):
+        """What ranks and engines answer to a sync of new weights (engines: None, of one that did not come or died)."""
+        self.version += 1
+        for rank in self.ranks:
+            rank.call("offer", self.version)
+        handles = [rank.answer() for rank in self.ranks]
+        if self.kind == "nccl":
+            handles = [merged(handles)] * 2
+        for rank, bucket in zip(self.ranks, damaged, strict=True):
+            rank.call("send", bucket)
+        for i, (engine, handle) in enumerate(zip(self.engines, handles, strict=True)):
+            if i not in absent:
+                engine.call("receive", handle, 12 if i in dies else None)
+        gone = {*absent, *dies}
+        received = [None if i in gone else engine.answer() for i, engine in enumerate(self.engines)]
+        return [rank.answer() for rank in self.ranks], received
+
+    def expected(self) -> dict[str, int]:
+        policy = load_policy(OPTIONS, "cpu", seed=self.version)
+        return {name: fingerprint(tensor) for name, tensor in policy.weights()}
+
+    def close(self) -> None:
+        for process in (*self.ranks, *self.engines):
+            process.close()
+
+
+@pytest.fixture(scope="module", params=["ipc", "nccl"])
+def world(request):
+    world = World(request.param)
+    yield world
+    world.close()
+
+
+def test_every_engine_receives_every_bit_of_the_gathered_weights_sync_after_sync(world):
+    for _ in range(2):
+        sent, received = world.sync()
+        assert all(isinstance(seconds, float) for seconds in sent), sent
+        assert received == [world.expected()] * 2
+
+
+def test_a_damaged_bucket_is_named_by_the_engine_and_the_next_sync_is_whole(world):
+    sent, received = world.sync(damaged=(3, None))
+    if world.kind == "ipc":  # the rank hears of it
+        assert "one hung up" in sent[0] and isinstance(sent[1], float), sent
+    hit = [found for found in received if isinstance(found, str)]
+    assert len(hit) == (1 if world.kind == "ipc" else 2)
+    assert all("CorruptWeights: weights arrived damaged: model." in text for text in hit), hit
+    assert world.sync()[1] == [world.expected()] * 2
+
+
+def test_an_engine_that_dies_midway_holds_nobody_and_its_successor_receives(world):
+    began_s = time.monotonic()
+    sent, received = world.sync(dies=(1,))
+    assert time.monotonic() - began_s < 4 * TIMEOUT_S
+    if world.kind == "ipc":  # rank 0 and its engine have nothing to do with it
+        assert isinstance(sent[0], float) and received[0] == world.expected(), sent
+        assert "reached 0 of 1 engines" in sent[1] and "hung up" in sent[1], sent
+    else:
+        assert "weights did not arrive" in received[0], received
+        assert all("did not reach every engine" in text for text in sent), sent
+    world.restart(1)
+    sent, received = world.sync()
+    assert received == [world.expected()] * 2, sent
+
+
+def test_an_engine_that_never_comes_holds_nobody(world):
+    began_s = time.monotonic()
+    sent, received = world.sync(absent=(1,))
+    assert time.monotonic() - began_s < 4 * TIMEOUT_S
+    if world.kind == "ipc":
+        assert isinstance(sent[0], float) and received[0] == world.expected(), sent
+        assert f"one never came within {TIMEOUT_S:g} s" in sent[1], sent
+    else:
+        assert "1 of 2 engines did not come" in sent[0] or "failed at bucket" in sent[0], sent
+        assert "weights did not arrive" in received[0], received
+    sent, received = world.sync()
+    assert received == [world.expected()] * 2, sent
+
+
+def test_block_fp8_of_gathered_weights_is_what_one_rank_alone_would_send(world):
+    world.use("fp8")
+    sent, received = world.sync()
+    policy, alone = load_policy(OPTIONS, "cpu", seed=world.version), IpcTransport(payload="fp8")
+    manifest = alone.manifest(alone.publish(policy.weights(), world.version))
+    alone.close()
+    expected = {entry.name: entry.fingerprint for entry in manifest.entries}
+    assert any(name.endswith("_scale_inv") for name in expected)
+    assert received == [expected] * 2, sent
