@@ -187,13 +187,14 @@ class TrainerActor(Trainer):
 
     _transport: Any = None
 
-    def publish(self, transport: Any, version: int) -> Any:
-        """The handle through which engines receive the weights of policy `version`."""
+    def publish(self, transport: Any, version: int, mtp: bool = False) -> Any:
+        """The handle through which engines receive the weights of policy `version`; with `mtp` also those of its layers
+        of multi-token prediction, for engines that draft with them."""
         if type(self._transport) is not type(transport):
             self._transport = transport  # the first one stays: it keeps buffers and groups from sync to sync
         # These take the live tensors where they lie. Several ranks gather theirs layer by layer, onto the CPU.
         live = isinstance(transport, (IpcTransport, NcclTransport)) and self.ranks.size == 1
-        return self._transport.publish(list(self.policy.weights()) if live else self.weights(), version)
+        return self._transport.publish(list(self.policy.weights(mtp)) if live else self.weights(mtp), version)
 
     def release(self) -> None:
         """Gives back the device memory that nothing holds at the moment."""

@@ -30,6 +30,7 @@ from rollout.transport.disk import DiskTransport
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import NcclTransport
 from rollout.transport.object_store import ObjectStoreTransport
+from rollout.vllm_serving import drafts_from_policy
 from rollout.worker import choose_engine
 from trainer import checkpoint
 
@@ -225,7 +226,8 @@ class Run:
         if self.takes_turns:
             await self.trainer.call("release")  # before the engines take their memory back, never after
             await self.fleet.each("wake")
-        handle = await self.trainer.call("publish", self.transport, version)
+        mtp = drafts_from_policy(self.config.rollout.engine_args)
+        handle = await self.trainer.call("publish", self.transport, version, mtp)
         await self.fleet.update(handle, version)
         async with self._published:
             self.version = version

@@ -26,16 +26,18 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 class ExpectedWeights:
     """What a complete update holds: the names and shapes of the model's checkpoint. Layers past the last one (the
-    multi-token-prediction head) may stay away: the engine does not run them."""
+    multi-token-prediction head) may stay away unless the engine drafts with them (`prediction`)."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, prediction: bool = False):
         config = json.loads((folder / "config.json").read_text())
         self.shapes = checkpoint_shapes(folder)
         self.tied = bool(config.get("tie_word_embeddings")) and "lm_head.weight" not in self.shapes
         layers = config.get("num_hidden_layers", 0)
         prefix = re.compile(r"model\.layers\.(\d+)\.")
         self.needed = {
-            name for name in self.shapes if not ((m := prefix.match(name)) and layers and int(m[1]) >= layers)
+            name
+            for name in self.shapes
+            if prediction or not ((m := prefix.match(name)) and layers and int(m[1]) >= layers)
         }
 
     def checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -151,7 +151,7 @@ def test_a_step_says_how_well_the_router_agrees_with_the_engine():
         (batch,) = pack([sample], 64)
         own = []
         hooks = [
-            router.register_forward_hook(lambda layer, args, out: own.append(layer._decide(args[0], None)[2]))
+            router.register_forward_hook(lambda layer, args, out, own=own: own.append(layer._decide(args[0], None)[2]))
             for router in made.policy.module.routers()[:LAYERS]
         ]
         made.logprobs([batch])
