@@ -108,7 +108,7 @@ def pretrain(trainer: Any, text: Text, seconds: float, documents: int, length: i
     began_s, step, last_s = None, 0, 0.0
     while began_s is None or time.perf_counter() - began_s < seconds:
         samples = [Sample((), d.tolist(), loss_on_prompt=True) for d in text.documents(documents, length, seed=step)]
-        metrics = trainer.next_token_step(pack(samples, BUDGET // 2), mtp_weight=0.3)
+        metrics = trainer.next_token_step(pack(samples, BUDGET // 4), mtp_weight=0.3)
         began_s = began_s or time.perf_counter()
         step += 1
         if time.perf_counter() - last_s > 8:
@@ -328,6 +328,9 @@ def main() -> None:
                 engines[name] = Engine(kind, str(folder), options, f"{scratch}/{name}")
             with part("pre-training"):
                 pretrain(trainer, text, arguments.seconds, *((16, 64) if tiny else (64, 512)))
+            if device == "cuda":
+                say("trainer: peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
+                torch.cuda.empty_cache()
             if not tiny:
                 with part("block-FP8 folder"):
                     hf.save_folder(policy.module, Path(scratch) / "fp8", format="fp8")
