@@ -259,7 +259,8 @@ def randomize(policy: Any, scale: float = 0.04, seed: int = 0) -> None:
 
 
 def measure_step(trainer: Any, rollouts: list[Rollout]) -> None:
-    """A step of reinforcement learning with and without replay; weights change."""
+    """A step of reinforcement learning with and without replay, at a rate of 0: all steps meet the same policy."""
+    trainer.optimizer.options = trainer.optimizer.options.model_copy(update={"lr": 0.0, "router_bias_gamma": 0.0})
     for replay in (False, True, False, True):
         samples = [
             Sample(r.prompt_tokens, r.tokens, 1.0, r.logprobs, routed_experts=r.routed_experts if replay else None)

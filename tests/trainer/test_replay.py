@@ -10,7 +10,8 @@ from rlzero.config import Algorithm, Reward
 from rlzero.groups import Group, grade, to_samples
 from rollout.engine import Prompt, Rollout
 from trainer.losses import LossOptions
-from trainer.model.moe import agreement
+from trainer.model.config import V3Config
+from trainer.model.moe import Router, agreement
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack, to_device
 from trainer.policy import PolicyOptions, load_policy
@@ -136,6 +137,29 @@ def test_agreement_is_counted_token_by_token():
     replay = torch.tensor([[1, 0], [0, 2], [3, 2], [-1, 5], [1, 2]], dtype=torch.int16)
     # the first and the third are the same sets, the second shares one expert, the fourth is not known
     assert agreement(own, replay).tolist() == [4, 2, 5]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("experts", "groups", "kept", "k"), [(256, 8, 4, 8), (32, 4, 2, 4), (48, 3, 2, 4)])
+def test_agreement_on_a_gpu_is_that_of_plain_operations_and_the_host_does_not_wait(experts, groups, kept, k):
+    """Three groups are no power of two: there the kernel of the router does not run."""
+    init = {**V3, "n_routed_experts": experts, "num_experts_per_tok": k, "n_group": groups, "topk_group": kept}
+    torch.manual_seed(0)
+    router = Router(V3Config.from_hf({"model_type": "deepseek_v3", **init})).to("cuda", torch.bfloat16)
+    router.weight.data.normal_()
+    router.bias.uniform_(-0.1, 0.1)
+    x = torch.randn(5000, V3["hidden_size"], device="cuda", dtype=torch.bfloat16)
+    own = router(x).experts
+    replay = own.flip(1).to(torch.int16)
+    replay[1000:3000, 0] = torch.randint(0, experts, (2000,), device="cuda", dtype=torch.int16)
+    replay[4000:4500, 1] = -1
+    router(x, replay)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = router(x, replay).agreement
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, agreement(own, replay)) and found[0] == 4500 and 2500 <= found[1] < 4500
 
 
 def test_a_step_says_how_well_the_router_agrees_with_the_engine():
