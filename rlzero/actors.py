@@ -94,18 +94,19 @@ class TrainerActor(Trainer):
             rendezvous = Rendezvous(self._rank, address, listening)
         super().__init__(*args, rendezvous=rendezvous, **kwargs)
 
-    def publish(self, transport: Any, version: int) -> Any:
+    def publish(self, transport: Any, version: int, mtp: bool = False) -> Any:
         """The handle through which engines receive the weights of policy `version`: rank 0's. The other ranks take
-        part in the gathering and return None."""
+        part in the gathering and return None. `mtp`: also those of its layers of multi-token prediction, for engines
+        that draft with them."""
         if self._rank > 0:
-            for _ in self.weights():
+            for _ in self.weights(mtp):
                 pass
             return None
         if self._transport is None:
             self._transport = transport  # the first one stays: it keeps buffers and groups from sync to sync
         # These take the live tensors where they lie. Several ranks gather theirs layer by layer, onto the CPU.
         live = isinstance(transport, (IpcTransport, NcclTransport)) and self.ranks.size == 1
-        return self._transport.publish(list(self.policy.weights()) if live else self.weights(), version)
+        return self._transport.publish(list(self.policy.weights(mtp)) if live else self.weights(mtp), version)
 
     def forget_transport(self) -> None:
         """The next publication begins with a new one: of engines that an old one knew, one is gone."""

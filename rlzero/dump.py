@@ -80,7 +80,10 @@ def _from_json(values: dict[str, Any]) -> Group:
             array = np.frombuffer(base64.b64decode(routed["int16"]), np.int16).reshape(routed["shape"]).copy()
         versions = [tuple(pair) for pair in fields.pop("versions")]
         tokens = tuple(fields.pop("prompt_tokens"))
-        rollouts.append(Rollout(**fields, prompt_tokens=tokens, versions=versions, routed_experts=array))
+        drafts = tuple(fields.pop("drafts", (0, 0, 0)))
+        rollouts.append(
+            Rollout(**fields, prompt_tokens=tokens, versions=versions, routed_experts=array, drafts=drafts)
+        )
     prompt = values["prompt"]
     scores = [[None if score is None else Score(**score) for score in of_sample] for of_sample in values["scores"]]
     return Group(Prompt(**{**prompt, "tokens": tuple(prompt["tokens"])}), rollouts, scores)

@@ -40,6 +40,10 @@ class Written:
             "reward_errors": float(sum(any(s and s.verdict == "error" for s in row) for row in scores)),
             "reward_timeouts": float(sum(any(s and s.verdict == "timeout" for s in row) for row in scores)),
         }
+        passes, drafted, accepted = (sum(rollout.drafts[i] for rollout in rollouts) for i in range(3))
+        if drafted:
+            values["spec_acceptance"] = accepted / drafted  # share of the drafted tokens
+            values["spec_length"] = 1 + accepted / passes  # tokens that a pass with drafts wrote
         for index, spec in enumerate(specs):
             name = spec.fn.rpartition(":")[2]
             said = [row[index] for row in scores if row[index] is not None and row[index].verdict != "error"]

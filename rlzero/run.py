@@ -32,6 +32,7 @@ from rollout.transport.disk import DiskTransport
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import NcclTransport
 from rollout.transport.object_store import ObjectStoreTransport
+from rollout.vllm_serving import drafts_from_policy
 from rollout.worker import choose_engine
 from trainer import checkpoint
 
@@ -228,7 +229,8 @@ class Run:
             if self._restarts_known != self.fleet.restarts:
                 self._restarts_known = self.fleet.restarts
                 await self.trainer.call("forget_transport")
-            handle = await self.trainer.call("publish", self.transport, version)
+            mtp = drafts_from_policy(self.config.rollout.engine_args)
+            handle = await self.trainer.call("publish", self.transport, version, mtp)
             await self.fleet.update([handle] * len(self.fleet.workers), version)
             if not self.fleet.bare:
                 return

@@ -58,7 +58,8 @@ class Rollout:
     `tokens` are the sampled ones (the end-of-sequence token included when it was sampled); `logprobs[i]` is
     log_softmax(logits / temperature) of `tokens[i]` as the engine computed it. `versions` lists, in order, (policy
     version, number of tokens it sampled). `routed_experts` is [prompt + completion tokens, moe_layers, top_k] int16
-    where the engine returns routing, else None.
+    where the engine returns routing, else None. `drafts` counts, where the engine decodes speculatively, the passes
+    that verified drafts, the tokens drafted and those accepted.
     """
 
     prompt_id: str
@@ -70,6 +71,7 @@ class Rollout:
     finish_reason: FinishReason
     text: str
     routed_experts: np.ndarray | None = None
+    drafts: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def id(self) -> str:

@@ -31,9 +31,9 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 class ExpectedWeights:
     """What a complete update holds: the names and shapes of the model's checkpoint, in the form that the engine keeps
     (`payload` fp8: with a scale behind each quantized weight, whether the folder has them or not). Layers past the last
-    one (the multi-token-prediction head) may stay away: the engine does not run them."""
+    one (the multi-token-prediction head) may stay away unless the engine drafts with them (`prediction`)."""
 
-    def __init__(self, folder: Path, payload: Payload = None):
+    def __init__(self, folder: Path, payload: Payload = None, prediction: bool = False):
         config = json.loads((folder / "config.json").read_text())
         self.shapes = checkpoint_shapes(folder)
         if payload == "fp8":
@@ -43,7 +43,9 @@ class ExpectedWeights:
         layers = config.get("num_hidden_layers", 0)
         prefix = re.compile(r"model\.layers\.(\d+)\.")
         self.needed = {
-            name for name in self.shapes if not ((m := prefix.match(name)) and layers and int(m[1]) >= layers)
+            name
+            for name in self.shapes
+            if prediction or not ((m := prefix.match(name)) and layers and int(m[1]) >= layers)
         }
 
     def checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

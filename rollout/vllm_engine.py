@@ -31,7 +31,9 @@ from rollout.expected_weights import ExpectedWeights
 from rollout.transport.base import Manifest
 from rollout.transport.disk import DiskTransport
 from rollout.transport.payload import engine_payload
+from rollout.vllm_draft import Drafts, keep_temperature_of_drafts
 from rollout.vllm_records import all_positions, continued, prompt_logprobs, request_seed, sampled_logprobs
+from rollout.vllm_serving import check_serving, drafts_from_policy
 from rollout.vllm_weights import Installed, Installer, reload
 from trainer.model.config import FP8_BLOCKS
 
@@ -82,6 +84,7 @@ def _install(worker: Any, weights: Iterator, manifest: Manifest | None, shapes: 
 def _set_score_temperature(worker: Any, temperature: float) -> None:
     """Makes prompt log-probabilities those of softmax(logits / temperature). vLLM computes them at temperature 1
     whatever the request says. Sampled tokens take another path."""
+    keep_temperature_of_drafts(worker.model_runner, temperature)
     sampler = worker.model_runner.sampler
     sampler.__dict__.pop("compute_logprobs", None)
     if temperature != 1.0:
@@ -111,8 +114,13 @@ class VLLMEngine:
     Log-probabilities are those of the distribution that was sampled from: log_softmax(logits / temperature), after
     top-p and top-k where they are on; at temperature 0 (greedy) those at temperature 1.
 
+    With speculative decoding (`engine_args: speculative_config`) they are the served model's, at the same temperature,
+    and so is the distribution that tokens are drawn from, whatever the draft.
+
     A continued rollout keeps its tokens and their log-probabilities; they are read again as part of the prompt.
     """
+
+    speculates_on_cpu = False  # vLLM's CPU build computes nonsense, see tests/rollout/cpu_speculation.py
 
     def __init__(
         self,
@@ -147,18 +155,21 @@ class VLLMEngine:
             near = difflib.get_close_matches(name, fields_known, 1)
             raise ValueError(f"vLLM {release} has no engine argument {name}" + "".join(f"; nearest: {n}" for n in near))
         self.on_cpu = current_platform.is_cpu()
+        model = json.loads((folder / "config.json").read_text())
+        check_serving(arguments, model, os.environ, speculates_here=self.speculates_on_cpu or not self.on_cpu)
         if return_routed_experts and self.on_cpu:
             raise ValueError("vLLM's CPU build cannot return routed experts; leave return_routed_experts off there")
         self.version, self.max_batch = version, max_batch
         self.sleep_level = sleep_level
         self.max_context = _context_limit(folder, max_context)
         payload = engine_payload(folder, arguments)
-        self._expected = ExpectedWeights(folder, payload)
+        self._expected = ExpectedWeights(folder, payload, prediction=drafts_from_policy(arguments))
         self._unusable: str | None = None
-        if payload == "fp8" and "quantization_config" not in json.loads((folder / "config.json").read_text()):
+        if payload == "fp8" and "quantization_config" not in model:
             overrides = {"quantization_config": FP8_BLOCKS, **arguments.get("hf_overrides", {})}
             arguments |= {"hf_overrides": overrides, "load_format": "dummy"}
             self._unusable = _NO_WEIGHTS
+        self._dense_layers = model.get("first_k_dense_replace") or 0
         self.has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
         arguments |= dict(
             model=str(folder),
@@ -182,6 +193,8 @@ class VLLMEngine:
             compilation["custom_ops"] = [*compilation.get("custom_ops", ()), "-rotary_embedding"]
             arguments["compilation_config"] = compilation
         self._vllm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        speculates = arguments.get("speculative_config")
+        self._drafts = Drafts(self._vllm.engine_core.engine_core.scheduler) if speculates else None
         self._tokenizer = self._vllm.get_tokenizer() if self.has_tokenizer else None
         self._running: dict[str, _Running] = {}
         self._held: list[Request] = []  # unfinished ones while the engine sleeps
@@ -316,8 +329,10 @@ class VLLMEngine:
         segments = [*running.segments, (self.version, len(tokens) - counted)]
         text = self._tokenizer.decode([*base.tokens, *tokens], skip_special_tokens=True) if self._tokenizer else ""
         if routed is not None:
-            routed = all_positions(routed, len(request.prompt_tokens) + len(base.tokens) + len(tokens))
-        return continued(base, tokens, logprobs, segments, finish_reason, text, routed)
+            total = len(request.prompt_tokens) + len(base.tokens) + len(tokens)
+            routed = all_positions(routed, total, self._dense_layers)
+        drafts = self._drafts.take(running.key) if self._drafts else (0, 0, 0)
+        return continued(base, tokens, logprobs, segments, finish_reason, text, routed, drafts)
 
     # -- weights --
 

@@ -33,12 +33,24 @@ def prompt_logprobs(flat: Any, tokens: list[int]) -> np.ndarray:
     return np.array([0.0, *(flat.logprobs[i] for i in starts)], np.float32)
 
 
-def all_positions(routed: np.ndarray, total: int) -> np.ndarray:
-    """Pads vLLM's routing, which lacks the last sampled token (never read by the model), with -1."""
+def all_positions(routed: np.ndarray, total: int, dense_layers: int = 0) -> np.ndarray:
+    """vLLM's routing of `total` tokens [tokens, layers, k] as [total, layers with experts, k] int16, -1 where it is not
+    known: of the last sampled token, which the model never read, and of rows that vLLM left blank (it fills them with
+    one number, and k experts are different ones). The first `dense_layers` have no experts. Raises RuntimeError when
+    nothing is known at all, as with kernels that choose experts themselves."""
     missing = total - len(routed)
     if missing < 0:
         raise RuntimeError(f"vLLM returned the routing of {len(routed)} tokens of a request of {total}")
-    return np.pad(routed.astype(np.int16), ((0, missing), (0, 0), (0, 0)), constant_values=-1)
+    known = routed[:, dense_layers:].astype(np.int16)
+    if known.shape[2] > 1:
+        blank = (known == known[:, :, :1]).all(-1)
+        if blank.size and blank.all():
+            raise RuntimeError(
+                "vLLM returned no routing: its kernels for this model choose the experts themselves. Leave "
+                "return_routed_experts off, or choose another moe_backend in engine_args"
+            )
+        known[blank] = -1
+    return np.pad(known, ((0, missing), (0, 0), (0, 0)), constant_values=-1)
 
 
 def continued(
@@ -49,6 +61,7 @@ def continued(
     finish_reason: Any,
     text: str,
     routed: np.ndarray | None,
+    drafts: tuple[int, int, int] = (0, 0, 0),
 ) -> Rollout:
     """`base` with more tokens; neighbouring segments of one version become one."""
     versions: list[tuple[int, int]] = []
@@ -67,4 +80,5 @@ def continued(
         finish_reason=finish_reason,
         text=text,
         routed_experts=routed,
+        drafts=tuple(a + b for a, b in zip(base.drafts, drafts, strict=True)),
     )

@@ -29,6 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rollout.transport.base import CorruptWeights, Entry, Manifest
 from rollout.transport.disk import DiskTransport
 from rollout.transport.fingerprint import fingerprints
+from rollout.vllm_draft import draft_model, kept_for_draft, reload_draft
+from rollout.vllm_serving import reset_expert_placement
 
 log = logging.getLogger(__name__)
 
@@ -195,11 +197,11 @@ def reload(worker: Any, source: Weights | str) -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
     runner = worker.model_runner
-    model = runner.get_model()
+    model, draft = runner.get_model(), draft_model(runner)
     if runner.device.type == "cpu":
         # The CPU kernel of the experts repacks their weights only while it is being built. A layer that keeps its
         # kernel takes the new weights unpacked and computes nonsense without an error.
-        for module in model.modules():
+        for module in (m for part in (model, draft) if part is not None for m in part.modules()):
             method = getattr(module, "quant_method", None)
             if getattr(method, "moe_kernel", None) is not None:
                 method.moe_kernel = None
@@ -207,7 +209,14 @@ def reload(worker: Any, source: Weights | str) -> None:
     try:
         weights = DiskTransport(source).receive(source) if isinstance(source, str) else source
         # vLLM keeps tensors until their layer is complete; a transport may use their memory again before that.
-        runner.reload_weights(weights_iterator=((name, tensor.clone()) for name, tensor in weights))
+        weights = ((name, tensor.clone()) for name, tensor in weights)
+        kept: list[tuple[str, Tensor]] = []
+        if draft is not None:
+            weights = kept_for_draft(weights, runner.model_config.hf_config.num_hidden_layers, kept)
+        runner.reload_weights(weights_iterator=weights)
+        if draft is not None:
+            reload_draft(runner, draft, kept)
+        reset_expert_placement(runner)
     except BaseException:
         # Leaves the half-loaded state, in which the next reload would add to this one's counts.
         finalize_layerwise_reload(model, runner.model_config)
@@ -271,27 +280,36 @@ class Installer:
         """Installs a complete set. Raises CorruptWeights when the engine then holds something else than was
         published, naming the tensors."""
         runner = self.worker.model_runner
-        model = runner.get_model()
         counted = _Counted(weights)
         way = "direct" if self.direct else "reload"
         if self.direct:
             copy_weights(self.plan, counted)
-            refresh_derived(model, runner.model_config.dtype)
+            for part in self._models():
+                refresh_derived(part, runner.model_config.dtype)
         else:
             reload(self.worker, counted)
             if self.direct is None and manifest is not None:
-                self._decide(model, manifest)
+                self._decide(manifest)
         verified, wrong = differing(self.plan, manifest.entries if manifest else ()) if self.direct else (0, [])
         if wrong:
             raise CorruptWeights(f"after the update the engine holds other weights than were published: {_few(wrong)}")
         return Installed(way, counted.count, verified)
 
-    def _decide(self, model: torch.nn.Module, manifest: Manifest) -> None:
-        """Called with the published weights in the model, brought there by vLLM."""
+    def _models(self) -> list[torch.nn.Module]:
+        """What the worker serves, and what drafts for it."""
+        runner = self.worker.model_runner
+        return [model for model in (runner.get_model(), draft_model(runner)) if model is not None]
+
+    def _decide(self, manifest: Manifest) -> None:
+        """Called with the published weights in the models, brought there by vLLM."""
         self.direct = False
         try:
-            self.plan = self._planned(model, manifest)
-            refresh_derived(model, self.worker.model_runner.model_config.dtype)
+            plan: dict[str, list[Copy]] = {}
+            for model in self._models():
+                for name, copies in self._planned(model, manifest).items():
+                    plan.setdefault(name, []).extend(copies)
+                refresh_derived(model, self.worker.model_runner.model_config.dtype)
+            self.plan = plan
         except CannotPlan as error:
             log.warning("weights go through vLLM's reload_weights, which is slower: %s", error)
             return
@@ -304,7 +322,6 @@ class Installer:
                 "another form or dtype than they were published in (%s) and %d in parts",
                 len(other), placed, _few(other), placed - verified,
             )  # fmt: skip
-
 
     def _planned(self, model: torch.nn.Module, manifest: Manifest) -> dict[str, list[Copy]]:
         if self.worker.model_runner.model_config.quantization is None:

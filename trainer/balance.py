@@ -1,4 +1,5 @@
-"""Losses and figures of how evenly a router spreads its tokens (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+"""Losses and figures of how evenly a router spreads its tokens (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), and of
+how well it agrees with a replayed routing."""
 
 from __future__ import annotations
 
@@ -98,3 +99,13 @@ def router_metrics(load: Int[Tensor, "routers experts"], layers: Sequence[int]) 
         metrics[name] = sum(row[column] for row in rows) / len(rows)
         metrics |= {f"{name}/{row[0]}": row[column] for row in rows}
     return metrics
+
+
+def agreement_metrics(
+    agreed: Int[Tensor, " 3"] | None, k: int, device: torch.device
+) -> dict[str, Float[Tensor, " 2"]]:
+    """`router_agreement`, the share of (token, layer) for which the trainer's router chooses the very experts that the
+    engine used, and `router_overlap`, the mean share of those experts that it chooses; each (sum, count). `agreed` is
+    `Policy.take_router_agreement`; None counts nothing. No wait for the GPU."""
+    tokens, equal, common = torch.zeros(3, device=device).double() if agreed is None else agreed.double()
+    return {"router_agreement": torch.stack([equal, tokens]), "router_overlap": torch.stack([common, tokens * k])}

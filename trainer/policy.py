@@ -178,6 +178,11 @@ class Policy(ABC):
         """Tokens sent to each expert in forward passes with gradient since the last call; None without a router."""
         return None
 
+    def take_router_agreement(self) -> Int[Tensor, " 3"] | None:
+        """How the router's own choices agreed with the replayed ones (`trainer.model.moe.agreement`), over the layers
+        of the forward passes with gradient since the last call; None where nothing was replayed."""
+        return None
+
     def update_router_bias(self, load: Int[Tensor, "moe_layers experts"], gamma: float) -> None:
         raise ValueError("router_bias_gamma is set and this policy has no router bias; set it to 0")
 
@@ -253,6 +258,7 @@ class V3Policy(Policy):
         self.max_positions = module.config.max_position_embeddings
         self.vocabulary = module.config.vocab_size
         self._load: Tensor | None = None
+        self._agreement: Tensor | None = None
 
     def hidden(self, batch: Batch) -> Float[Tensor, "n hidden"]:
         return self._measured_hidden(batch, None)
@@ -262,6 +268,9 @@ class V3Policy(Policy):
         replay = batch.routed_experts if self.replays_routing else None
         out = self.module(batch.tokens, batch.positions, bounds, replay, measure or False)
         self._count(slice(0, len(out.load)), out.load)
+        if out.agreement is not None and torch.is_grad_enabled():
+            seen = out.agreement.sum(0)
+            self._agreement = seen if self._agreement is None else self._agreement + seen
         return out.hidden
 
     def _mtp_hidden(
@@ -331,6 +340,10 @@ class V3Policy(Policy):
     def take_router_load(self) -> Int[Tensor, "moe_layers experts"] | None:
         load, self._load = self._load, None
         return load
+
+    def take_router_agreement(self) -> Int[Tensor, " 3"] | None:
+        agreed, self._agreement = self._agreement, None
+        return agreed
 
     def update_router_bias(self, load: Int[Tensor, "moe_layers experts"], gamma: float) -> None:
         self.module.update_router_bias(load, gamma)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer import checkpoint
-from trainer.balance import BalanceKind, router_metrics
+from trainer.balance import BalanceKind, agreement_metrics, router_metrics
 from trainer.batch import Batch
 from trainer.checkpoint import CheckpointError
 from trainer.losses import LossOptions, Metrics, combine_metrics, policy_loss
@@ -82,8 +82,9 @@ class Trainer:
         Streams that the loss needs and a batch lacks are computed: the reference's log-probabilities, and old ones,
         the policy's before the first of these updates. The first minibatch needs no forward pass of its own for
         them: there old is the detached new. Returns the step's metrics (`trainer.losses.policy_loss`, and the means of
-        `grad_norm` and `lr` over the updates, `updates`, `trainer.balance.router_metrics`). An empty minibatch makes
-        no update. Raises GradientError with nothing updated by the minibatch at fault.
+        `grad_norm` and `lr` over the updates, `updates`, `trainer.balance.router_metrics` and, where routing is
+        replayed, `trainer.balance.agreement_metrics`). An empty minibatch makes no update. Raises GradientError with
+        nothing updated by the minibatch at fault.
         """
         if self.loss is None:
             raise ValueError("this trainer was made without a loss: only next_token_step can train it")
@@ -98,6 +99,8 @@ class Trainer:
             every = {id(share.batch): share for part in shares for share in part if share.real}
             missing = [share for share in every.values() if share.batch.reference_logprobs is None]
             reference = self._all_logprobs(self.reference, missing, minibatches)
+        # Asked of all batches, not of this rank's: the names of metrics are the same on every rank.
+        replayed = next((b.routed_experts for part in minibatches for b in part if b.routed_experts is not None), None)
         parts: list[Metrics] = []
         updates = []
         for index, part in enumerate(shares):
@@ -109,6 +112,9 @@ class Trainer:
                     record = replace(record, reference_logprobs=new.detach())
                 loss, metrics = policy_loss(new, entropy, record, self.loss)
                 (loss if share.real else 0.0 * loss).backward()
+                if replayed is not None:
+                    agreed = self.policy.take_router_agreement()
+                    metrics |= agreement_metrics(agreed, replayed.shape[-1], self.device)
                 parts.append(metrics if share.real else {name: 0.0 * pair for name, pair in metrics.items()})
                 if index == 0 and id(batch) in later:
                     old[id(batch)] = new.detach()

@@ -182,9 +182,9 @@ EngineProcess.register("VLLMEngine", EngineUnderTest)
 class Engines:
     """Keeps one engine open at a time in the child process."""
 
-    def __init__(self, folders: dict[str, Path]):
+    def __init__(self, folders: dict[str, Path], process: type[BaseManager] = EngineProcess):
         self.folders, self.open = folders, None
-        self.manager = EngineProcess(ctx=get_context("spawn"))
+        self.manager = process(ctx=get_context("spawn"))
         self.manager.start()
         self.pid = self.manager._process.pid
 

@@ -10,6 +10,8 @@ from rlzero.config import Algorithm, Reward
 from rlzero.groups import Group, grade, to_samples
 from rollout.engine import Prompt, Rollout
 from trainer.losses import LossOptions
+from trainer.model.config import V3Config
+from trainer.model.moe import Router, agreement
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack, to_device
 from trainer.policy import PolicyOptions, load_policy
@@ -128,6 +130,75 @@ def test_a_step_of_reinforcement_learning_replays_in_old_and_new_and_not_in_the_
     assert torch.equal(made.logprobs(free)[0], made.logprobs(minibatches[0], reference=True)[0])
     metrics = made.step(minibatches[:1])
     assert metrics["ratio"] == 1.0 and metrics["kl_reference"] > 1e-4
+
+
+def test_agreement_is_counted_token_by_token():
+    own = torch.tensor([[0, 1], [0, 1], [2, 3], [4, 5], [6, 7]])
+    replay = torch.tensor([[1, 0], [0, 2], [3, 2], [-1, 5], [1, 2]], dtype=torch.int16)
+    # the first and the third are the same sets, the second shares one expert, the fourth is not known
+    assert agreement(own, replay).tolist() == [4, 2, 5]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("experts", "groups", "kept", "k"), [(256, 8, 4, 8), (32, 4, 2, 4), (48, 3, 2, 4)])
+def test_agreement_on_a_gpu_is_that_of_plain_operations_and_the_host_does_not_wait(experts, groups, kept, k):
+    """Three groups are no power of two: there the kernel of the router does not run."""
+    init = {**V3, "n_routed_experts": experts, "num_experts_per_tok": k, "n_group": groups, "topk_group": kept}
+    torch.manual_seed(0)
+    router = Router(V3Config.from_hf({"model_type": "deepseek_v3", **init})).to("cuda", torch.bfloat16)
+    router.weight.data.normal_()
+    router.bias.uniform_(-0.1, 0.1)
+    x = torch.randn(5000, V3["hidden_size"], device="cuda", dtype=torch.bfloat16)
+    own = router(x).experts
+    replay = own.flip(1).to(torch.int16)
+    replay[1000:3000, 0] = torch.randint(0, experts, (2000,), device="cuda", dtype=torch.int16)
+    replay[4000:4500, 1] = -1
+    router(x, replay)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = router(x, replay).agreement
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, agreement(own, replay)) and found[0] == 4500 and 2500 <= found[1] < 4500
+
+
+def test_a_step_says_how_well_the_router_agrees_with_the_engine():
+    """Against the routers' own choices in a pass of their own, token by token in plain Python; two minibatches, of
+    which the first also gives the second its old log-probabilities, in a pass that is not counted."""
+    options = OptimizerOptions(lr=0.0)  # the second minibatch meets the same policy
+    made = Trainer(PolicyOptions(init=V3, dtype="float32"), options, LossOptions(), seed=3, device="cpu")
+    recorded = record(policy(bias=0.02), samples())  # another seed's weights: some choices are equal, some are not
+    for sample in recorded:
+        sample.routed_experts[-1] = -1
+    equal = common = count = 0
+    for sample in recorded:
+        (batch,) = pack([sample], 64)
+        own = []
+        hooks = [
+            router.register_forward_hook(lambda layer, args, out, own=own: own.append(layer._decide(args[0], None)[2]))
+            for router in made.policy.module.routers()[:LAYERS]
+        ]
+        made.logprobs([batch])
+        for hook in hooks:
+            hook.remove()
+        for layer, chosen in enumerate(own):
+            for token, row in enumerate(chosen.tolist()[:-1]):
+                theirs = set(sample.routed_experts[token, layer].tolist())
+                equal, common, count = equal + (theirs == set(row)), common + len(theirs & set(row)), count + 1
+    metrics = made.step([pack(recorded[:3], 40), pack(recorded[3:], 40)])
+    assert 0 < equal < count
+    assert metrics["router_agreement"] == equal / count and metrics["router_overlap"] == common / (K * count)
+
+
+def test_a_step_without_a_record_says_nothing_of_agreement():
+    made = Trainer(PolicyOptions(init=V3, dtype="float32"), OptimizerOptions(), LossOptions(), seed=3, device="cpu")
+    assert not [name for name in made.step([pack(samples(), 64)]) if name.startswith(("router_agree", "router_over"))]
+
+
+def test_the_router_of_the_engine_agrees_with_itself():
+    made = Trainer(PolicyOptions(init=V3, dtype="float32"), OptimizerOptions(), LossOptions(), seed=3, device="cpu")
+    metrics = made.step([pack(record(made.policy, samples()), 64)])
+    assert metrics["router_agreement"] == metrics["router_overlap"] == 1.0
 
 
 def test_the_experts_of_a_large_model_survive_the_way_from_the_rollout_to_the_model(tmp_path):

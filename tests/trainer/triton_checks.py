@@ -45,10 +45,29 @@ def test_model_with_kernels_is_the_model_without(name, monkeypatch):
     expected, expected_gradients = gradients_of(config, replay, False, monkeypatch)
     found, gradients = gradients_of(config, replay, True, monkeypatch)
     assert torch.equal(found.experts, expected.experts) and torch.equal(found.load, expected.load)
+    assert torch.equal(found.agreement, expected.agreement) and expected.agreement[:, 0].eq(10).all()
     assert relative(found.hidden, expected.hidden) <= 5e-6 and relative(found.balance, expected.balance) <= 5e-6
     assert gradients.keys() == expected_gradients.keys()
     for parameter, gradient in gradients.items():
         assert relative(gradient, expected_gradients[parameter]) <= 5e-6, parameter
+
+
+@pytest.mark.parametrize("total,groups,kept,k", [(8, 1, 1, 2), (12, 1, 1, 5), (64, 8, 3, 6)])
+def test_agreement_is_counted_as_without_kernels(total, groups, kept, k):
+    """Of 300 tokens a part has the router's own choice in another order, a part one expert changed, a part any other
+    choice, a part none. In several blocks."""
+    g = torch.Generator().manual_seed(total)
+    scores, bias = torch.rand(300, total, generator=g), 0.1 * torch.randn(total, generator=g)
+    own = moe.select_experts(scores + bias, groups, kept, k)
+    replay = own.flip(1).to(torch.int16)
+    replay[100:200, 0] = (own[100:200].amin(1) - 1).clamp(min=0).to(torch.int16)
+    replay[200:250] = torch.rand(50, total, generator=g).topk(k).indices.to(torch.int16)
+    replay[250:280, k - 1] = -1
+    found = triton_route.agreement(scores, bias, replay, groups, kept)
+    assert torch.equal(found, moe.agreement(own, replay))
+    strided = torch.stack([replay, replay], 1)[:, 1]  # one layer of a batch's record
+    assert torch.equal(triton_route.agreement(scores, bias, strided, groups, kept), found)
+    assert found[0] == 270 and 120 <= found[1] < 270 and found[2] > k * found[1]
 
 
 @pytest.mark.parametrize("keep_rows", [True, False])

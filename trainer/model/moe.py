@@ -26,6 +26,7 @@ class Routing:
     experts: Int[Tensor, "n k"]
     weights: Float[Tensor, "n k"]  # float32
     load: Int[Tensor, " experts"]  # tokens sent to each expert
+    agreement: Int[Tensor, " 3"] | None = None  # of the router's own choice with a replayed one, see `agreement`
     # On a GPU, both for the layer's experts:
     counts: Counts | None = None
     x: Float[Tensor, "n hidden"] | None = None  # the router's input again, see `gpu_moe.route`; taken by `MoE`
@@ -55,35 +56,40 @@ class Router(nn.Module):
         c = self.config
         if has_kernels(x):
             return self._on_gpu(x, replay)
-        scores, weights, experts = self._decide(x, replay)
+        scores, weights, experts, agreed = self._decide(x, replay)
         load = torch.bincount(experts.flatten(), minlength=c.n_routed_experts)
-        return Routing(scores, experts, weights, load)
+        return Routing(scores, experts, weights, load, agreed)
 
     def _decide(self, x, replay):
         c = self.config
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
         experts = select_experts(scores.detach() + self.bias, c.n_group, c.topk_group, c.num_experts_per_tok)
+        agreed = None
         if replay is not None:
+            agreed = agreement(experts, replay)
             experts = torch.where((replay < 0).any(-1, keepdim=True), experts, replay.to(experts.dtype))
         weights = scores.gather(1, experts)
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return scores, weights * c.routed_scaling_factor, experts
+        return scores, weights * c.routed_scaling_factor, experts, agreed
 
     def _on_gpu(self, x, replay) -> Routing:
+        from trainer.model import triton_route
         from trainer.model.gpu_moe import route
         from trainer.model.triton_route import Counts, can_decide
 
-        c = self.config
+        c, agreed = self.config, None
         if can_decide(c.n_routed_experts, c.n_group):
             scores, weights, experts, counts, x = route(
                 x, self.weight, self.bias, replay, c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob,
                 c.routed_scaling_factor,
             )  # fmt: skip
+            if replay is not None:
+                agreed = triton_route.agreement(scores.detach(), self.bias, replay, c.n_group, c.topk_group)
         else:  # groups that are no power of two, which no published model has: fifteen operations instead of two
-            scores, weights, experts = self._decide(x, replay)
+            scores, weights, experts, agreed = self._decide(x, replay)
             counts = Counts.of(experts, c.n_routed_experts)
-        return Routing(scores, experts, weights, counts.load, counts, x)
+        return Routing(scores, experts, weights, counts.load, agreed, counts, x)
 
 
 def select_experts(biased: Float[Tensor, "n experts"], n_group: int, topk_group: int, k: int) -> Int[Tensor, "n k"]:
@@ -99,6 +105,14 @@ def select_experts(biased: Float[Tensor, "n experts"], n_group: int, topk_group:
         dropped = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
         biased = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(1)
     return biased.topk(k, dim=-1).indices
+
+
+def agreement(own: Int[Tensor, "n k"], replay: Int[Tensor, "n k"]) -> Int[Tensor, " 3"]:
+    """How well a router's own choice agrees with the one to be replayed, over the tokens whose replayed row has no -1:
+    their number, for how many both are the same set, and how many experts the two have in common, summed."""
+    known = (replay >= 0).all(-1)
+    common = (own[:, :, None] == replay[:, None, :]).any(-1).sum(-1).where(known, 0)
+    return torch.stack([known.sum(), (known & (common == own.shape[1])).sum(), common.sum()])
 
 
 class Experts(nn.Module):

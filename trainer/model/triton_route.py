@@ -17,6 +17,27 @@ from torch import Tensor
 
 
 @triton.jit
+def _within_best_groups(
+    biased, TOKENS: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr
+):  # fmt: skip
+    """-inf where the group is not among the KEPT whose two best experts sum to the most."""
+    if GROUPS > 1:
+        grouped = tl.reshape(biased, [TOKENS, GROUPS, E // GROUPS])
+        best = tl.max(grouped, 2)
+        inner = tl.arange(0, E // GROUPS)[None, None, :]
+        first = tl.argmax(grouped, 2)
+        value = best + tl.max(tl.where(inner == first[:, :, None], float("-inf"), grouped), 2)  # [tokens, groups]
+        group = tl.arange(0, GROUPS)[None, :]
+        keep = tl.zeros([TOKENS, GROUPS], tl.int32)
+        for _ in tl.static_range(KEPT):
+            chosen = tl.argmax(value, 1)[:, None]
+            keep = tl.where(group == chosen, 1, keep)
+            value = tl.where(group == chosen, float("-inf"), value)
+        biased = tl.reshape(tl.where(keep[:, :, None] > 0, grouped, float("-inf")), [TOKENS, E])
+    return biased
+
+
+@triton.jit
 def _decide(
     logits, bias, replay, scores, experts, weights, counts, n, total, replay_stride, factor, K: tl.constexpr,
     E: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, RENORM: tl.constexpr, REPLAY: tl.constexpr,
@@ -31,19 +52,7 @@ def _decide(
     tl.store(scores + token[:, None] * total + expert[None, :], score, mask=inside)
     biased = score + tl.load(bias + expert, mask=expert < total, other=0.0)[None, :]
     biased = tl.where((expert < total)[None, :], biased, float("-inf"))
-    if GROUPS > 1:
-        grouped = tl.reshape(biased, [TOKENS, GROUPS, E // GROUPS])
-        best = tl.max(grouped, 2)
-        inner = tl.arange(0, E // GROUPS)[None, None, :]
-        first = tl.argmax(grouped, 2)
-        value = best + tl.max(tl.where(inner == first[:, :, None], float("-inf"), grouped), 2)  # [tokens, groups]
-        group = tl.arange(0, GROUPS)[None, :]
-        keep = tl.zeros([TOKENS, GROUPS], tl.int32)
-        for _ in tl.static_range(KEPT):
-            chosen = tl.argmax(value, 1)[:, None]
-            keep = tl.where(group == chosen, 1, keep)
-            value = tl.where(group == chosen, float("-inf"), value)
-        biased = tl.reshape(tl.where(keep[:, :, None] > 0, grouped, float("-inf")), [TOKENS, E])
+    biased = _within_best_groups(biased, TOKENS, E, GROUPS, KEPT)
     routes_itself = here
     if REPLAY:
         for j in tl.static_range(K):
@@ -71,6 +80,36 @@ def _decide(
     tl.store(experts + place, all_experts.to(tl.int64), mask=real)
     tl.store(weights + place, all_scores * factor, mask=real)
     tl.store(counts + tl.program_id(0).to(tl.int64) * total + expert, tl.sum(hits, 0), mask=expert < total)
+
+
+@triton.jit
+def _agree(
+    scores, bias, replay, sums, n, total, replay_stride, K: tl.constexpr, E: tl.constexpr, GROUPS: tl.constexpr,
+    KEPT: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64)
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, E)
+    known = token < n
+    inside = known[:, None] & (expert < total)[None, :]
+    score = tl.load(scores + token[:, None] * total + expert[None, :], mask=inside, other=0.0)
+    biased = score + tl.load(bias + expert, mask=expert < total, other=0.0)[None, :]
+    biased = tl.where((expert < total)[None, :], biased, float("-inf"))
+    biased = _within_best_groups(biased, TOKENS, E, GROUPS, KEPT)
+    own = tl.zeros([TOKENS, E], tl.int32)
+    given = tl.zeros([TOKENS, E], tl.int32)
+    for j in tl.static_range(K):
+        chosen = tl.argmax(biased, 1)
+        one = expert[None, :] == chosen[:, None]
+        own = tl.where(one, 1, own)
+        biased = tl.where(one, float("-inf"), biased)
+        replayed = tl.load(replay + token * replay_stride + j, mask=token < n, other=-1).to(tl.int32)
+        known = known & (replayed >= 0)
+        given = tl.where(expert[None, :] == replayed[:, None], 1, given)
+    common = tl.where(known, tl.sum(own * given, 1), 0)
+    tl.store(sums + block * 3, tl.sum(known.to(tl.int32), 0))
+    tl.store(sums + block * 3 + 1, tl.sum((known & (common == K)).to(tl.int32), 0))
+    tl.store(sums + block * 3 + 2, tl.sum(common, 0))
 
 
 @triton.jit
@@ -241,6 +280,28 @@ def decide(
         REPLAY=replay is not None, SLOTS=triton.next_power_of_2(k), **shape,
     )  # fmt: skip
     return scores, experts, weights, Counts._running(counts)
+
+
+def agreement(
+    scores: Float[Tensor, "n experts"],
+    bias: Float[Tensor, " experts"],
+    replay: Int[Tensor, "n k"],
+    groups: int,
+    kept_groups: int,
+) -> Int[Tensor, " 3"]:
+    """What `moe.agreement` counts of the choice that `decide` would make of these scores itself. The host does not
+    wait."""
+    n, total = scores.shape
+    shape = _shape(total)
+    blocks = triton.cdiv(n, shape["TOKENS"])
+    sums = torch.empty(blocks, 3, dtype=torch.int32, device=scores.device)
+    if replay.stride(1) != 1:
+        replay = replay.contiguous()
+    _agree[(blocks,)](
+        scores, bias, replay, sums, n, total, replay.stride(0), K=replay.shape[1], GROUPS=groups, KEPT=kept_groups,
+        **shape,
+    )  # fmt: skip
+    return sums.sum(0)
 
 
 def decide_backward(

@@ -33,6 +33,7 @@ class V3Output:
     load: Int[Tensor, "moe_layers experts"]
     experts: Int[Tensor, "n moe_layers k"]
     balance: Float[Tensor, "moe_layers documents"] | None = None  # or what the asked-for measure gives
+    agreement: Int[Tensor, "moe_layers 3"] | None = None  # with a replayed routing, see `moe.agreement`
 
 
 class Block(nn.Module):
@@ -202,7 +203,8 @@ class V3Model(nn.Module):
             ids, count, k = documents.ids, len(documents.lengths), c.num_experts_per_tok
             losses = torch.stack([sequence_balance(r, k, ids, count) for r in routings])
         load = torch.stack([r.load for r in routings])
-        return V3Output(hidden, load, torch.stack([r.experts for r in routings], dim=1), losses)
+        agreed = None if routings[0].agreement is None else torch.stack([r.agreement for r in routings])
+        return V3Output(hidden, load, torch.stack([r.experts for r in routings], dim=1), losses, agreed)
 
     def _check(self, tokens, positions, documents: Documents, routed_experts) -> None:
         n, c = len(tokens), self.config

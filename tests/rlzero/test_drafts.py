@@ -1,0 +1,47 @@
+"""Speculative decoding as a run sees it: what its metrics say, and that the draft's weights are published."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rewards.score import Score
+from rlzero.cluster import TrainerActor
+from rlzero.config import Reward
+from rlzero.groups import Graded, Group
+from rlzero.metrics import Written
+from rollout.engine import Prompt, Rollout
+from rollout.transport.disk import DiskTransport
+from trainer.optimizer import OptimizerOptions
+from trainer.policy import PolicyOptions
+
+V3 = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "kv_lora_rank": 8, "n_group": 1,
+    "topk_group": 1, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1, "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def metrics(*drafts: tuple[int, int, int]) -> dict[str, float]:
+    rollouts = [Rollout("p", i, (1,), [2], [-1.0], [(0, 1)], "stop", "", drafts=d) for i, d in enumerate(drafts)]
+    group = Group(Prompt("p", "q", (1,)), rollouts, [[Score(1.0, "correct")] for _ in rollouts])
+    ones = np.ones((1, len(rollouts)))
+    return Written([Graded([group], ones, ones > 0, ones[:, 0] > 0)]).metrics((Reward(fn="a:b"),))
+
+
+def test_acceptance_is_over_all_drafted_tokens_of_the_step():
+    found = metrics((4, 8, 6), (1, 2, 0))
+    assert found["spec_acceptance"] == 0.6 and found["spec_length"] == pytest.approx(1 + 6 / 5)
+
+
+def test_without_speculation_nothing_is_said_of_it():
+    assert not [name for name in metrics((0, 0, 0)) if name.startswith("spec")]
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_prediction_layers_are_published_for_engines_that_draft_with_them(tmp_path, mtp):
+    made = TrainerActor(PolicyOptions(init=V3, dtype="float32"), OptimizerOptions(), device="cpu")
+    transport = DiskTransport(tmp_path)
+    names = {entry.name for entry in transport.manifest(made.publish(transport, 1, mtp)).entries}
+    assert ("model.layers.2.eh_proj.weight" in names) is mtp and "model.layers.1.mlp.gate.weight" in names
