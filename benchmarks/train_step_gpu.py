@@ -263,6 +263,18 @@ def timed(
 # --- transformers ----------------------------------------------------------------------------------------------------
 
 
+def _statistics(
+    logits: torch.Tensor, chosen: torch.Tensor, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of the chosen tokens, and entropies without gradient: a metric."""
+    log_p = logits.float().log_softmax(-1)
+    logprobs = log_p.gather(-1, chosen[..., None])[..., 0]
+    if not entropy:
+        return logprobs, None
+    log_p = log_p.detach()
+    return logprobs, -(log_p.exp() * log_p).sum(-1)
+
+
 class Peer:
     """transformers' model in BF16 with fused AdamW, its moments in BF16 too."""
 
@@ -284,6 +296,8 @@ class Peer:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)
         self.call = torch.compile(self.model, dynamic=False) if setting.compiled == "whole" else self.model
+        compiled = setting.compiled != "no"
+        self.statistics = torch.compile(_statistics, dynamic=False) if compiled else _statistics
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
@@ -305,13 +319,11 @@ class Peer:
             out.loss.backward()
         return self.update()
 
-    def completion_logprobs(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies [rows, completion], the logits of the completion alone, in float32."""
+    def completion_logprobs(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities and, with gradient, entropies [rows, completion]: the logits of the completion alone, in
+        float32."""
         logits = self.call(input_ids=tokens, use_cache=False, logits_to_keep=COMPLETION + 1).logits[:, :-1]
-        log_p = logits.float().log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(log_p.exp() * log_p).sum(-1) if torch.is_grad_enabled() else log_p[..., 0]
-        return log_p.gather(-1, tokens[:, PROMPT:, None])[..., 0], entropy
+        return self.statistics(logits, tokens[:, PROMPT:], torch.is_grad_enabled())
 
     @torch.no_grad()
     def logprobs(self, batches: list[torch.Tensor]) -> float:
