@@ -1,4 +1,4 @@
-"""The checks of test_parallel_pipeline.py on two GPUs over NCCL: float32 where stages and the whole model must agree."""
+"""The checks of test_parallel_pipeline.py on two GPUs over NCCL: float32 where stages and one model must agree."""
 
 import json
 import sys
