@@ -206,6 +206,8 @@ class Report:
         self.figures[name] = value
         if dist.get_rank() == 0:
             print(f"{name:34} {value:12,.3f} {unit}", flush=True)
+            if out := os.environ.get("OUT"):  # each time: a rank that hangs ends the program
+                (Path(out) / "scaling.json").write_text(json.dumps(self.figures, indent=1) + "\n")
 
 
 def measure(name: str, parallel: ParallelOptions, arguments: argparse.Namespace, report: Report) -> None:
@@ -260,12 +262,8 @@ def main() -> None:
         torch.cuda.empty_cache()
         slowest(0.0)
     report.add("seconds", time.perf_counter() - began, "s in all")
-    if dist.get_rank() == 0:
-        text = json.dumps(report.figures, indent=1)
-        if arguments.json:
-            print(text)
-        if out := os.environ.get("OUT"):
-            (Path(out) / "scaling.json").write_text(text + "\n")
+    if dist.get_rank() == 0 and arguments.json:
+        print(json.dumps(report.figures, indent=1))
     dist.destroy_process_group()
 
 
