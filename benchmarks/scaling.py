@@ -1,11 +1,12 @@
 """Tokens per second of training on several GPUs of one host against one GPU: weak scaling, the same work for each GPU.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/scaling.py [--json] [--steps 8] [--only dp,ep]
+    torchrun --standalone --nproc-per-node 2 benchmarks/scaling.py [--json] [--steps 8] [--only dp,ep,sent]
 
 Work: `v3-2b` (train_step_gpu.py: 2.03 B parameters, BF16, FP32 masters, BF16 moments), next-token training on 16 x 1024
 tokens a GPU, each update with its optimizer step; `x4` accumulates four such micro-batches a GPU before the update.
-`dp` shards everything over all GPUs (FSDP2); `ep` also shares out the experts among them. One GPU is measured on every
-GPU at once, each with a trainer of its own, and the slowest counts: what several are compared with is as warm as they.
+`dp` shards everything over all GPUs (FSDP2); `ep` also shares out the experts among them; `sent` does with every token
+sent to the ranks of its experts alone, as among many (trainer.parallel_experts). One GPU is measured on every GPU at
+once, each with a trainer of its own, and the slowest counts: what several are compared with is as warm as they.
 First the gradient norms of one update on the same tokens must agree. Times are medians; the last step is profiled:
 communication, and how much of it no computation covered (exposed).
 
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -33,7 +35,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.train_step_gpu import LOSS, OPTIMIZER, V3_2B, documents
-from trainer import worker
+from trainer import parallel_experts, worker
 from trainer.batch import Batch
 from trainer.model.v3 import V3Model
 from trainer.packing import Sample, pack
@@ -43,6 +45,7 @@ from trainer.policy import PolicyOptions, V3Policy
 from trainer.worker import Trainer
 
 TOKENS = 16_384  # of a micro-batch, one a GPU
+GATHER_RANKS = parallel_experts.GATHER_RANKS
 AGREE = 0.02  # of gradient norms: BF16 products of differently shaped batches
 
 
@@ -110,28 +113,73 @@ def timed(t: Trainer, work: list[Batch], steps: int, warm_up: int = 2) -> tuple[
     return slowest(statistics.median(seconds)), torch.cuda.max_memory_allocated() / 1e9
 
 
-def profile(t: Trainer, work: list[Batch]) -> dict[str, float]:
+def profile(t: Trainer, work: list[Batch], name: str) -> dict[str, float]:
     """Milliseconds of one update: from its first to its last kernel, computing, communicating (NCCL), communicating
-    with nothing computed meanwhile (exposed), idle."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+    with nothing computed meanwhile (exposed), idle; of the idle time, what passed before the host had issued the next
+    kernel (`host_late`), and how long the host took to issue the update. Rank 0 prints the longest of both."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    t.next_token_step(work)
+    slowest(0.0)
+    with torch.profiler.profile(activities=activities) as recorded:
+        start = time.perf_counter()
         t.next_token_step(work)
+        issued = time.perf_counter() - start  # the step's last act is to read the norm: up to there
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         recorded.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
-    kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    kernels = sorted((e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), key=_start)
+    launches = {
+        e["args"]["correlation"]: e["ts"]
+        for e in events
+        if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
+    }
     spans = [(e["ts"], e["ts"] + e["dur"], "nccl" in e["name"].lower()) for e in kernels]
     everything = _union([(a, b) for a, b, _ in spans])
     compute = _union([(a, b) for a, b, nccl in spans if not nccl])
     communication = _union([(a, b) for a, b, nccl in spans if nccl])
     busy = _length(everything)
+    gaps, end, before = [], kernels[0]["ts"], ""
+    for e in kernels:
+        if e["ts"] > end:
+            late = min(max(launches.get(e["args"].get("correlation"), 0.0) - end, 0.0), e["ts"] - end)
+            gaps.append((e["ts"] - end, late, before, e["name"]))
+        if e["ts"] + e["dur"] > end:
+            end, before = e["ts"] + e["dur"], e["name"]
+    if dist.get_rank() == 0:
+        _show(name, kernels, gaps)
     return {
         "step_ms": (everything[-1][1] - everything[0][0]) / 1e3,
         "compute_ms": _length(compute) / 1e3,
         "communication_ms": _length(communication) / 1e3,
         "exposed_ms": (busy - _length(compute)) / 1e3,
-        "idle_ms": (everything[-1][1] - everything[0][0] - busy) / 1e3,
+        "idle_ms": sum(gap for gap, *_ in gaps) / 1e3,
+        "host_late_ms": sum(late for _, late, *_ in gaps) / 1e3,
+        "host_ms": 1e3 * issued,
+        "kernels": len(kernels),
     }
+
+
+def _show(name: str, kernels: list[dict], gaps: list[tuple]) -> None:
+    total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for e in kernels:
+        entry = total[e["name"][:70]]
+        entry[0] += e["dur"] / 1e3
+        entry[1] += 1
+    print(f"{name}: the longest kernels of an update")
+    for kernel, (ms, count) in sorted(total.items(), key=lambda item: -item[1][0])[:28]:
+        print(f"    {ms:8.2f} ms {count:5} x {kernel}")
+    between: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0])
+    for gap, late, before, after in gaps:
+        entry = between[(before[:44], after[:44])]
+        entry[0], entry[1], entry[2] = entry[0] + gap / 1e3, entry[1] + late / 1e3, entry[2] + 1
+    print(f"{name}: the longest idle times (of them: the host had not issued the next kernel)")
+    for (before, after), (ms, late, count) in sorted(between.items(), key=lambda item: -item[1][0])[:14]:
+        print(f"    {ms:8.2f} ms ({late:6.2f}) {count:4} x between {before} and {after}")
+
+
+def _start(event: dict) -> float:
+    return event["ts"]
 
 
 def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -158,10 +206,13 @@ class Report:
         self.figures[name] = value
         if dist.get_rank() == 0:
             print(f"{name:34} {value:12,.3f} {unit}", flush=True)
+            if out := os.environ.get("OUT"):  # each time: a rank that hangs ends the program
+                (Path(out) / "scaling.json").write_text(json.dumps(self.figures, indent=1) + "\n")
 
 
 def measure(name: str, parallel: ParallelOptions, arguments: argparse.Namespace, report: Report) -> None:
     gpus = dist.get_world_size()
+    parallel_experts.GATHER_RANKS = 1 if name == "sent" else GATHER_RANKS
     t = trainer(parallel)
     alone = parallel.ranks == 1
     work = {1: batches(gpus), 4: batches(4 * gpus)}
@@ -181,7 +232,7 @@ def measure(name: str, parallel: ParallelOptions, arguments: argparse.Namespace,
         if not alone and f"one{label}.tokens_per_s" in report.figures:
             single = report.figures[f"one{label}.tokens_per_s"]
             report.add(f"{name}{label}.efficiency", 100 * tokens / gpus / single, f"% of {gpus} x one GPU")
-    for part, value in profile(t, batches(1) if alone else work[1]).items():
+    for part, value in profile(t, batches(1) if alone else work[1], name).items():
         report.add(f"{name}.profile.{part}", value, "ms")
 
 
@@ -189,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print all figures as JSON at the end")
     parser.add_argument("--steps", type=int, default=8, help="timed updates")
-    parser.add_argument("--only", default="dp,ep", help="of dp, ep, beside one GPU")
+    parser.add_argument("--only", default="dp,ep", help="of dp, ep, sent, beside one GPU")
     arguments = parser.parse_args()
     local = int(os.environ.get("LOCAL_RANK", 0))
     torch.cuda.set_device(local)
@@ -198,6 +249,7 @@ def main() -> None:
     kinds = {"one": ParallelOptions()}
     if gpus > 1:
         every = {"dp": ParallelOptions(dp=gpus), "ep": ParallelOptions(dp=gpus, ep=gpus)}
+        every["sent"] = every["ep"]
         kinds |= {name: every[name] for name in arguments.only.split(",")}
     report = Report()
     began = time.perf_counter()
@@ -210,12 +262,8 @@ def main() -> None:
         torch.cuda.empty_cache()
         slowest(0.0)
     report.add("seconds", time.perf_counter() - began, "s in all")
-    if dist.get_rank() == 0:
-        text = json.dumps(report.figures, indent=1)
-        if arguments.json:
-            print(text)
-        if out := os.environ.get("OUT"):
-            (Path(out) / "scaling.json").write_text(text + "\n")
+    if dist.get_rank() == 0 and arguments.json:
+        print(json.dumps(report.figures, indent=1))
     dist.destroy_process_group()
 
 

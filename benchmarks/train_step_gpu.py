@@ -8,9 +8,10 @@ tokens are counted), log-probabilities of 256 samples of 1024 tokens without gra
 We keep FP32 masters and BF16 moments. transformers keeps everything in BF16 (weights, gradients, moments), experts by
 grouped_mm, SDPA attention, fused AdamW; each of its settings (compiled whole, compiled by layer, as it is, with and
 without activation checkpointing) is tried in turn, and the fastest counts. First both train a small model from one
-folder: loss and gradient norm must agree. `states` are weights, gradients, masters and moments: 12 bytes a parameter
-on our side, 8 on theirs; peak less states is what the step itself takes. Model FLOPs are 6 x active parameters +
-causal attention, forward and backward, recomputation not counted; shares are of 989 TFLOP/s (H100, BF16 dense).
+folder: loss and gradient norm must agree. `states` are weights, gradients, masters and moments: 10 bytes a parameter
+on our side (16 bits of a master beside its weight), 8 on theirs; peak less states is what the step itself takes. Model
+FLOPs are 6 x active parameters + causal attention, forward and backward, recomputation not counted; shares are of 989
+TFLOP/s (H100, BF16 dense).
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def gigabytes(parameters: Iterable[torch.Tensor], others: Iterable[torch.Tensor]
 def ours(work: str, steps: int, checkpointing: bool | str = False) -> Figures:
     trainer = our_trainer(checkpointing)
     figures = our_figures(trainer, work, steps)
-    figures.states_gb = gigabytes(trainer.policy.module.parameters(), trainer.optimizer.state().values())
+    figures.states_gb = gigabytes(trainer.policy.module.parameters(), []) + trainer.optimizer.nbytes / 1e9
     return figures
 
 
@@ -263,6 +264,18 @@ def timed(
 # --- transformers ----------------------------------------------------------------------------------------------------
 
 
+def _statistics(
+    logits: torch.Tensor, chosen: torch.Tensor, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of the chosen tokens, and entropies without gradient: a metric."""
+    log_p = logits.float().log_softmax(-1)
+    logprobs = log_p.gather(-1, chosen[..., None])[..., 0]
+    if not entropy:
+        return logprobs, None
+    log_p = log_p.detach()
+    return logprobs, -(log_p.exp() * log_p).sum(-1)
+
+
 class Peer:
     """transformers' model in BF16 with fused AdamW, its moments in BF16 too."""
 
@@ -284,6 +297,8 @@ class Peer:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)
         self.call = torch.compile(self.model, dynamic=False) if setting.compiled == "whole" else self.model
+        compiled = setting.compiled != "no"
+        self.statistics = torch.compile(_statistics, dynamic=False) if compiled else _statistics
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
@@ -305,13 +320,11 @@ class Peer:
             out.loss.backward()
         return self.update()
 
-    def completion_logprobs(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies [rows, completion], the logits of the completion alone, in float32."""
+    def completion_logprobs(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities and, with gradient, entropies [rows, completion]: the logits of the completion alone, in
+        float32."""
         logits = self.call(input_ids=tokens, use_cache=False, logits_to_keep=COMPLETION + 1).logits[:, :-1]
-        log_p = logits.float().log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(log_p.exp() * log_p).sum(-1) if torch.is_grad_enabled() else log_p[..., 0]
-        return log_p.gather(-1, tokens[:, PROMPT:, None])[..., 0], entropy
+        return self.statistics(logits, tokens[:, PROMPT:], torch.is_grad_enabled())
 
     @torch.no_grad()
     def logprobs(self, batches: list[torch.Tensor]) -> float:

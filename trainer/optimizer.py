@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
+from trainer import masters
 from trainer.transfer import Readback
 
 
@@ -86,8 +87,9 @@ class GradientError(RuntimeError):
 
 @dataclass
 class _State:
-    """Of one parameter. `master` is the parameter itself where that is float32. `moments` are exp_avg and exp_avg_sq,
-    or momentum alone; none before the first gradient."""
+    """Of one parameter. `master` is the parameter itself where that is float32, and int16 where it is what a BF16
+    parameter lacks (trainer.masters). `moments` are exp_avg and exp_avg_sq, or momentum alone; none before the first
+    gradient."""
 
     master: Tensor
     moments: dict[str, Tensor]
@@ -104,8 +106,9 @@ def shard_groups(name: str, parameter: Tensor) -> Sequence[dist.ProcessGroup]:
 
 class Optimizer:
     """AdamW or Muon over named parameters. A parameter that is not float32 gets a float32 master, which alone is
-    updated and then rounded into it; its gradient is summed over micro-batches in float32 too (one micro-batch needs
-    no sum, and no float32 copy on a GPU). A parameter without a gradient is left alone, decay included.
+    updated and then rounded into it (AdamW on a GPU keeps 16 bits of it beside a BF16 parameter: trainer.masters); its
+    gradient is summed over micro-batches in float32 too (one micro-batch needs no sum, and no float32 copy on a GPU).
+    A parameter without a gradient is left alone, decay included.
 
     Parameters may be DTensors (FSDP2): every rank updates its shards. `groups` names the process groups over which a
     parameter is split, for the norm; plain tensors that are (experts of this rank) need one of your own, see
@@ -125,15 +128,22 @@ class Optimizer:
         self._groups = {name: tuple(groups(name, p)) for name, p in self.parameters.items()}
         self._gradients: dict[str, Tensor] = {}  # of parameters with a master: this rank's shards, summed by hooks
         self._states: dict[str, _State] = {}
-        for name, parameter in self.parameters.items():
-            own = parameter.dtype == torch.float32
-            self._states[name] = _State(parameter if own else parameter.detach().float(), {})
-            if not own:
-                parameter.register_post_accumulate_grad_hook(_summing(self._gradients, name))
         device = next(iter(self.parameters.values())).device
         self._fused = device.type == "cuda"
+        for name, parameter in self.parameters.items():
+            self._states[name] = _State(self._make_master(parameter), {})
+            if parameter.dtype != torch.float32:
+                parameter.register_post_accumulate_grad_hook(_summing(self._gradients, name))
         self._matrices = {name for name in self.parameters if options.algorithm == "muon" and self._is_matrix(name)}
         self._muon = self._make_muon() if self._matrices else None
+
+    def _make_master(self, parameter: Parameter) -> Tensor:
+        if parameter.dtype == torch.float32:
+            return parameter
+        in_halves = self._fused and self.options.algorithm == "adamw" and not isinstance(parameter, DTensor)
+        if in_halves and parameter.dtype == torch.bfloat16:
+            return torch.zeros_like(parameter, dtype=torch.int16, requires_grad=False)
+        return parameter.detach().float()
 
     @property
     def learning_rate(self) -> float:
@@ -314,7 +324,7 @@ class Optimizer:
     def _round(self, names: Iterable[str]) -> None:
         """Masters into the parameters they stand for."""
         pairs = [(self.parameters[name], self._states[name].master) for name in names]
-        pairs = [(_local(parameter), _local(master)) for parameter, master in pairs if parameter is not master]
+        pairs = [(_local(p), _local(master)) for p, master in pairs if p is not master and master.dtype != torch.int16]
         if pairs:
             torch._foreach_copy_([parameter for parameter, _ in pairs], [master for _, master in pairs])
 
@@ -326,14 +336,24 @@ class Optimizer:
         for name in self.parameters:
             self._begin(name)
 
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept beside the parameters and their gradients on this rank."""
+        own = [s.master for name, s in self._states.items() if s.master is not self.parameters[name]]
+        moments = [tensor for s in self._states.values() for tensor in s.moments.values()]
+        return sum(_local(tensor).nbytes for tensor in own + moments)
+
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs beside the parameters and `steps`, as `kind/parameter` -> the live tensor (a
-        DTensor where the parameter is one); `step/parameter`, a count, is a copy. Moments appear with the first
-        gradient."""
+        DTensor where the parameter is one); `step/parameter`, a count, and a master kept in halves are copies. Moments
+        appear with the first gradient."""
         tensors = {}
         for name, state in self._states.items():
             if state.master is not self.parameters[name]:
-                tensors[f"master/{name}"] = state.master
+                halves = state.master.dtype == torch.int16
+                tensors[f"master/{name}"] = (
+                    masters.join(self.parameters[name].detach(), state.master) if halves else state.master
+                )
             if state.moments:
                 tensors[f"step/{name}"] = torch.tensor(float(state.step))
             tensors |= {f"{kind}/{name}": tensor for kind, tensor in state.moments.items()}
@@ -370,7 +390,13 @@ class Optimizer:
                 for kind, tensor in self._begin(name).moments.items():
                     _take(tensor, tensors[f"{kind}/{name}"])
             if f"master/{name}" in expected:
-                _take(state.master, tensors[f"master/{name}"])
+                given = tensors[f"master/{name}"]
+                if state.master.dtype == torch.int16:
+                    weight, rest = masters.split(_local(given).to(state.master.device))
+                    self.parameters[name].copy_(weight)
+                    state.master.copy_(rest)
+                else:
+                    _take(state.master, given)
         self._round(self.parameters)
         self.steps = steps
 

@@ -116,12 +116,21 @@ class Ranks:
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "efsdp", "ep"))
         self.dp: DeviceMesh = mesh["efsdp", "ep"]._flatten("dp")
         self.efsdp: DeviceMesh = mesh["efsdp"]
-        self.dp_group, self.ep_group, self.pp_group = self.dp.get_group(), mesh.get_group("ep"), mesh.get_group("pp")
+        self.dp_group, self.pp_group = self.dp.get_group(), mesh.get_group("pp")
+        self.ep_group = self._expert_group(torch.arange(self.size).view(-1, options.ep).tolist())
         # The experts' whole tensors: split over ep first, each part over efsdp. A mesh for each stage, all made by all
         # ranks: torch 2.11 cannot slice one from a mesh of all stages, nor gather over a dimension of one rank.
         turned = torch.arange(self.size).view(shape).transpose(1, 2).contiguous()
         stages = [DeviceMesh(device.type, stage, mesh_dim_names=("ep", "efsdp")) for stage in turned]
         self.experts: DeviceMesh = mesh["ep"] if options.dp == options.ep else stages[self.pp_rank]
+
+    def _expert_group(self, ranks: list[list[int]]) -> dist.ProcessGroup | None:
+        """A group of its own, also where the mesh has one of these ranks: what the experts send must not queue up
+        behind the weights and gradients of the dp ranks."""
+        if self.options.ep == 1:
+            return None
+        groups = [dist.new_group(part) for part in ranks]  # all ranks make all groups
+        return next(group for group, part in zip(groups, ranks, strict=True) if self.rank in part)
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():

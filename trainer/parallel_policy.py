@@ -95,6 +95,8 @@ def shard_model(model: V3Model, ranks: Ranks, dtype: torch.dtype, trained: bool 
     fully_shard(model, reshard_after_forward=False, ignored_params=own or None, **common)
     model.register_forward_pre_hook(_hide_bounds, prepend=True)
     model.register_forward_pre_hook(_show_bounds)
+    if exchange is not None:
+        model.register_forward_pre_hook(lambda _, args, exchange=exchange: exchange.begin(len(args[0])))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The sum over ranks: a loss has the whole step's denominators.

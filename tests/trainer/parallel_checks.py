@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from trainer import parallel_experts
 from trainer.losses import LossOptions
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack
@@ -24,7 +25,9 @@ V3 = {
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1, "max_position_embeddings": 64, "initializer_range": 0.1,
 }  # fmt: skip
-OPTIONS = {"dp": {"dp": 2}, "ep": {"dp": 2, "ep": 2}, "both": {"dp": 4, "ep": 2}}  # both: experts shared by two ranks
+OPTIONS = {  # "sent": the way of many expert ranks on two; "both": experts shared by two ranks
+    "dp": {"dp": 2}, "ep": {"dp": 2, "ep": 2}, "sent": {"dp": 2, "ep": 2}, "both": {"dp": 4, "ep": 2},
+}  # fmt: skip
 RL = LossOptions(kl_coef=0.01, clip_low=0.2, clip_high=0.2, aggregation="token")
 
 
@@ -108,6 +111,15 @@ def policy_gradient(pair: Pair) -> dict[str, float]:
     one, two = pair.both(lr=1e-3)
     metrics = [t.step(minibatches) for t in (one, two)]
     return {"metrics": metrics_apart(*metrics), "gradients": apart(moments(one), moments(two))}
+
+
+def in_bfloat16(pair: Pair) -> dict[str, float]:
+    """Largest relative distance of a parameter's gradient."""
+    one, two = pair.both(dtype="bfloat16", lr=1e-3)
+    for t in (one, two):
+        t.step([pack(samples(), 40)])
+    ours, theirs = moments(one), moments(two)
+    return {"gradients": max(float((a - theirs[n]).norm() / (a.norm() + 1e-9)) for n, a in ours.items())}
 
 
 def every_way_of_summing(pair: Pair) -> dict[str, float]:
@@ -243,8 +255,8 @@ def from_a_folder(pair: Pair) -> dict[str, float]:
 CHECKS = {
     check.__name__: check
     for check in (
-        policy_gradient, every_way_of_summing, pretraining, empty_and_uneven_experts, logprobs, whole_weights,
-        owned_weights, resume, from_a_folder,
+        policy_gradient, in_bfloat16, every_way_of_summing, pretraining, empty_and_uneven_experts, logprobs,
+        whole_weights, owned_weights, resume, from_a_folder,
     )
 }  # fmt: skip
 
@@ -258,6 +270,8 @@ def free_address() -> str:
 def rank_main(rank: int, kind: str, address: str, folder: str, device: str = "cpu") -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if kind == "sent":
+        parallel_experts.GATHER_RANKS = 1
     if device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(

@@ -22,12 +22,12 @@ CONFIG = {**V3, "num_hidden_layers": 5, "num_nextn_predict_layers": 0}
 LOSS = LossOptions(kl_coef=0.0, clip_low=0.2, clip_high=0.2, aggregation="token")
 
 
-def apart(schedule: str) -> dict[str, float]:
+def apart(schedule: str, device: torch.device) -> dict[str, float]:
     """Largest differences of gradients, losses, loads and log-probabilities between stages and the whole model."""
     options = PolicyOptions(init=CONFIG, dtype="float32")
     whole = V3Model(V3Config(**CONFIG)).init_weights(3)
-    staged = Pipeline(copy.deepcopy(whole), options, schedule, dist.group.WORLD, torch.device("cpu"))
-    policy = V3Policy(whole, options, torch.device("cpu"))
+    staged = Pipeline(copy.deepcopy(whole), options, schedule, dist.group.WORLD, device)
+    policy = V3Policy(whole.to(device), options, device)
     batches = pack(samples(9), 40)  # five of different lengths: some are filled up, and the schedule too
     replayed = [[[0, 1]] * 4, [[3, 2]] * 4]
     batches[0] = dataclasses.replace(
@@ -52,7 +52,7 @@ def apart(schedule: str) -> dict[str, float]:
     expected = dict(whole.named_parameters())
     gradients = {name: (p.grad - expected[name].grad).abs().max().item() for name, p in staged.named_parameters()}
     with torch.no_grad():
-        ours = [policy.logprobs(batch)[0] for batch in batches]
+        ours = [policy.logprobs(batch)[0].cpu() for batch in batches]
     theirs = staged.logprobs(batches)
     names = [None, None]
     dist.all_gather_object(names, list(gradients))
@@ -67,15 +67,19 @@ def apart(schedule: str) -> dict[str, float]:
     return found
 
 
-def rank_main(rank: int, address: str, folder: str) -> None:
+def rank_main(rank: int, address: str, folder: str, kind: str = "cpu") -> None:
     torch.set_num_threads(1)
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://{address}", rank=rank, world_size=2, timeout=timedelta(seconds=600)
-    )
+        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", init_method=f"tcp://{address}", rank=rank, world_size=2,
+        timeout=timedelta(seconds=600),
+    )  # fmt: skip
     results: dict[str, dict[str, float]] = {}
     for schedule in SCHEDULES:
         every: list = [None, None]
-        dist.all_gather_object(every, apart(schedule))
+        dist.all_gather_object(every, apart(schedule, device))
         results[schedule] = {key: max(v[key] for v in every if key in v) for key in every[0] | every[1]}
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(results))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from trainer import masters
 from trainer.optimizer import GradientError, Optimizer, OptimizerOptions, learning_rate
 
 
@@ -329,3 +330,21 @@ def test_sharded_parameters_are_updated_as_whole_ones():
         assert norm == pytest.approx(expected, rel=1e-6) and same
         for name, tensor in alone.state().items():
             torch.testing.assert_close(torch.from_numpy(state[name]), tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_masters_split_into_weight_and_rest_are_whole_again():
+    """Bit for bit, of every exponent; halfway between two weights one step of float32 further from zero. The weight is
+    the master rounded to nearest."""
+    g = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=g, dtype=torch.int64).to(torch.int32)
+    bits[:1000] = (bits[:1000] & ~0xFFFF) | 0x8000
+    master = bits.view(torch.float32)
+    kept = (bits & 0x7F800000) < 0x7F000000  # finite, and so after rounding
+    master = master[kept]
+    weight, rest = masters.split(master)
+    halfway = (master.view(torch.int32) & 0xFFFF) == 0x8000
+    joined = masters.join(weight, rest)
+    assert halfway.sum() > 900
+    assert torch.equal(joined.view(torch.int32), master.view(torch.int32) + halfway.int())
+    assert torch.equal(weight, joined.bfloat16())
+    assert torch.equal(masters.split(joined)[0], weight) and torch.equal(masters.split(joined)[1], rest)

@@ -18,7 +18,7 @@ from parallel_checks import OPTIONS, free_address, rank_main
 SUMS = 1e-5  # float32 sums of numbers up to 1 in another order
 
 
-@pytest.fixture(scope="module", params=["dp", "ep", pytest.param("both", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["dp", "ep", "sent", pytest.param("both", marks=pytest.mark.slow)])
 def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     arguments = (request.param, free_address(), str(folder))
@@ -30,6 +30,11 @@ def found(request, tmp_path_factory):
 
 def test_policy_gradient(found):
     assert max(found["policy_gradient"].values()) < SUMS
+
+
+def test_policy_gradient_in_bfloat16(found):
+    """Sums of numbers with 8 bits in another order, twelve roundings deep."""
+    assert found["in_bfloat16"]["gradients"] < 0.05
 
 
 def test_every_way_of_summing_gives_the_same_gradient(found):

@@ -19,7 +19,7 @@ pytestmark = [
 SUMS = 2e-4  # float32 sums of numbers up to 1 in another order, through a GPU's exponentials
 
 
-@pytest.fixture(scope="module", params=["dp", "ep"])
+@pytest.fixture(scope="module", params=["dp", "ep", "sent"])
 def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     processes = mp.spawn(rank_main, (request.param, free_address(), str(folder), "cuda"), nprocs=2, join=False)
@@ -34,6 +34,11 @@ def found(request, tmp_path_factory):
 def test_two_gpus_compute_what_one_does(found, check):
     values = {name: value for name, value in found[check].items() if name != "moved"}
     assert max(values.values()) < SUMS, values
+
+
+def test_gradients_in_bfloat16(found):
+    """Through the grouped products' own kernels, with buffers longer than their rows."""
+    assert found["in_bfloat16"]["gradients"] < 0.05
 
 
 def test_rank_0_is_given_the_whole_weights_bit_for_bit(found):

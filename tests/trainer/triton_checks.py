@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.trainer.test_model_parity import CONFIGS, packed, random_model, relative
+from trainer import parallel_slots
 from trainer.model import attention, gpu_moe, layers, moe, triton_route
 from trainer.model.rope import apply_rope
 from trainer.model.triton_moe import gather_sum, scatter_rows
@@ -143,3 +144,36 @@ def test_rows_are_cut_or_filled_up():
     x = torch.randn(5, 3, 10, generator=torch.Generator().manual_seed(0))
     assert torch.equal(resize(x, 24), torch.nn.functional.pad(x, (0, 14)))
     assert torch.equal(resize(x, 7), x[..., :7])
+
+
+def test_slots_of_one_rank_are_those_of_plain_operations(monkeypatch):
+    """Experts 0 to 4 are here, 5 stands for those of other ranks. Rows behind the last are never read: they are NaN."""
+    g = torch.Generator().manual_seed(0)
+    n, k, hidden, wide = 150, 3, 20, 12
+    experts = torch.rand(n, 8, generator=g).topk(k).indices.clamp(max=5).int()
+    experts[0], experts[1] = 5, torch.tensor([0, 1, 2])
+    weights, x, more = (torch.randn(s, generator=g) for s in ((n, k), (n, hidden), (2, n, hidden)))
+    gate_up, grad = torch.randn(n * k, 2 * wide, generator=g), torch.randn(n * k, wide, generator=g)
+    found = []
+    for kernels in (False, True):
+        monkeypatch.setattr(parallel_slots, "has_kernels", lambda x, kernels=kernels: kernels)
+        slots = parallel_slots.Slots.of(experts, weights, 5)
+        end = int(slots.end)
+        assert 0 < end < n * k
+        rows = torch.full((n * k, hidden), float("nan"))
+        for part in (slice(0, 100), slice(100, n)):
+            slots.rows_of(x[part], slots.place[part], rows)
+        assert rows[end:].isnan().all()
+        gates, grads = gate_up.clone(), grad.clone()
+        gates[end:], grads[end:] = float("nan"), float("nan")
+        back = slots.swiglu_backward(gates, grads)
+        assert torch.count_nonzero(back[2][end:]) == 0
+        found.append(
+            [
+                slots.place, slots.ends, slots.weights, rows[:end], slots.sums_of(rows, slots.place),
+                slots.sums_of(rows, slots.place, x, x, more=more), slots.swiglu(gates)[:end], back[0][:end],
+                back[1][:end], back[2],
+            ]
+        )  # fmt: skip
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) if not a.is_floating_point() else relative(a, b) <= 5e-6

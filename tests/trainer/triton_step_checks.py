@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from trainer import head, triton_adamw, triton_head
+from trainer import head, masters, triton_adamw, triton_head
 
 N, VOCABULARY, HIDDEN, TEMPERATURE = 13, 203, 16, 0.7
 
@@ -64,3 +64,23 @@ def test_adamw_is_that_of_float64(moments, bound):
         before = [t.clone() for t in (weight, master, m, v)]
         triton_adamw.adamw(weight, master, m, v, grad, torch.tensor(bad), step=6, **options)
         assert all(torch.equal(a, b) for a, b in zip(before, (weight, master, m, v), strict=True))
+
+
+def test_adamw_of_masters_in_halves_is_that_of_whole_ones():
+    """To the bit: of float32 moments (what the interpreter rounds differently in BF16 is no part of this), except that
+    masters halfway between two weights move on by one step of float32."""
+    g = torch.Generator().manual_seed(0)
+    n = 3000
+    weight = torch.randn(n, generator=g).bfloat16()
+    whole, twin, rest = weight.float(), weight.clone(), torch.zeros(n, dtype=torch.int16)
+    moments = [torch.zeros(n) for _ in range(4)]
+    options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "max_norm": 1.0}
+    for step in range(1, 6):
+        grad = torch.randn(n, generator=g).bfloat16()
+        triton_adamw.adamw(None, whole, *moments[:2], grad, grad.float().norm(), step=step, **options)
+        triton_adamw.adamw(twin, rest, *moments[2:], grad, grad.float().norm(), step=step, **options)
+        joined = masters.join(twin, rest)
+        assert (joined.view(torch.int32) - whole.view(torch.int32)).abs().max() <= 1
+        assert (joined == whole).float().mean() > 0.99
+        assert torch.equal(twin, joined.bfloat16())
+        whole = joined.clone()

@@ -230,10 +230,9 @@ class MoE(nn.Module):
     ) -> tuple[Float[Tensor, "n hidden"], Routing]:
         """The layer's output, plus `residual` where it is given."""
         routing = self.router(x, replay)
-        if self.exchange is not None:
-            routing.x = None
-            return self.exchange(self, x, routing, residual), routing
         x, routing.x = x if routing.x is None else routing.x, None  # a routing outlives the layer
+        if self.exchange is not None:
+            return self.exchange(self, x, routing, residual), routing
         return self.experts(x, routing, self.shared, residual), routing
 
 

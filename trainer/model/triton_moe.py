@@ -15,34 +15,51 @@ from torch import Tensor
 
 
 @triton.jit
-def _scatter(x, place, rows, size, K: tl.constexpr, BLOCK: tl.constexpr):
+def _scatter(x, place, rows, end, size, K: tl.constexpr, BLOCK: tl.constexpr, ENDS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
     value = tl.load(x + token * size + columns, mask=inside)
     for j in tl.static_range(K):
         row = tl.load(place + token * K + j).to(tl.int64)
-        tl.store(rows + row * size + columns, value, mask=inside)
+        reach = size
+        if ENDS:
+            reach = tl.where(row < tl.load(end), size, 0)
+        tl.store(rows + row * size + columns, value, mask=columns < reach)
 
 
 @triton.jit
-def _gather_sum(rows, place, first, second, y, size, K: tl.constexpr, ADDED: tl.constexpr, BLOCK: tl.constexpr):
+def _gather_sum(
+    rows, place, end, first, second, more, y, size, stride, K: tl.constexpr, ADDED: tl.constexpr, MORE: tl.constexpr,
+    BLOCK: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
     total = tl.zeros([BLOCK], tl.float32)
     for j in tl.static_range(K):
         row = tl.load(place + token * K + j).to(tl.int64)
-        total += tl.load(rows + row * size + columns, mask=inside, other=0.0).to(tl.float32)
+        reach = size
+        if ENDS:
+            reach = tl.where(row < tl.load(end), size, 0)
+        total += tl.load(rows + row * size + columns, mask=columns < reach, other=0.0).to(tl.float32)
+    at = token * size + columns
     if ADDED > 0:
-        total += tl.load(first + token * size + columns, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
     if ADDED > 1:
-        total += tl.load(second + token * size + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + token * size + columns, total.to(y.dtype.element_ty), mask=inside)
+        total += tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
+    for j in tl.static_range(MORE):
+        total += tl.load(more + stride * j + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _swiglu(gate_up, weights, out, rows, wide, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu(
+    gate_up, weights, out, end, rows, wide, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ENDS: tl.constexpr,
+):  # fmt: skip
+    if ENDS:
+        rows = tl.load(end)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < wide)[None, :]
@@ -57,9 +74,11 @@ def _swiglu(gate_up, weights, out, rows, wide, WEIGHTED: tl.constexpr, ROWS: tl.
 
 @triton.jit
 def _swiglu_backward(
-    gate_up, weights, grad, d_gate_up, out, d_weights, rows, wide, WEIGHTED: tl.constexpr, KEEP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    gate_up, weights, grad, d_gate_up, out, d_weights, end, rows, wide, WEIGHTED: tl.constexpr, KEEP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
+    if ENDS:
+        rows = tl.load(end)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = row < rows
     weight = tl.full([ROWS], 1.0, tl.float32)
@@ -100,40 +119,60 @@ def _tile(wide: int) -> dict[str, int]:
     return {"BLOCK": block, "ROWS": max(2048 // block, 1), "num_warps": 4}
 
 
-def scatter_rows(x: Float[Tensor, "n size"], place: Int[Tensor, "n k"]) -> Float[Tensor, "rows size"]:
-    """Every token copied to each of its `place`s, which must cover all rows."""
+def scatter_rows(
+    x: Float[Tensor, "n size"],
+    place: Int[Tensor, "n k"],
+    rows: Float[Tensor, "rows size"] | None = None,
+    end: Int[Tensor, ""] | None = None,
+) -> Float[Tensor, "rows size"]:
+    """Every token copied to each of its `place`s: all of n · k rows, or those of `rows` that are given and, with `end`,
+    lie before it."""
     (n, size), k = x.shape, place.shape[1]
-    rows = x.new_empty(n * k, size)
+    rows = x.new_empty(n * k, size) if rows is None else rows
     shape = _columns(size)
-    _scatter[(n, triton.cdiv(size, shape["BLOCK"]))](x.contiguous(), place, rows, size, K=k, **shape)
+    if n:
+        _scatter[(n, triton.cdiv(size, shape["BLOCK"]))](
+            x.contiguous(), place, rows, place if end is None else end, size, K=k, ENDS=end is not None, **shape
+        )
     return rows
 
 
 def gather_sum(
-    rows: Float[Tensor, "rows size"], place: Int[Tensor, "n k"], *added: Float[Tensor, "n size"]
+    rows: Float[Tensor, "rows size"],
+    place: Int[Tensor, "n k"],
+    *added: Float[Tensor, "n size"],
+    more: Float[Tensor, "arrays n size"] | None = None,
+    end: Int[Tensor, ""] | None = None,
 ) -> Float[Tensor, "n size"]:
-    """Every token's sum of its rows, and of up to two arrays besides."""
+    """Every token's sum of its rows (with `end` of those before it), of up to two arrays besides and of each of
+    `more`."""
     (n, k), size = place.shape, rows.shape[1]
     y = rows.new_empty(n, size)
     terms = [term.contiguous() for term in added] + [rows, rows]
     shape = _columns(size)
-    _gather_sum[(n, triton.cdiv(size, shape["BLOCK"]))](
-        rows, place, terms[0], terms[1], y, size, K=k, ADDED=len(added), **shape
-    )
+    if n:
+        _gather_sum[(n, triton.cdiv(size, shape["BLOCK"]))](
+            rows, place, place if end is None else end, terms[0], terms[1], rows if more is None else more, y, size,
+            n * size, K=k, ADDED=len(added), MORE=0 if more is None else len(more), ENDS=end is not None, **shape,
+        )  # fmt: skip
     return y
 
 
 def swiglu_forward(
-    gate_up: Float[Tensor, "rows two_wide"], weights: Float[Tensor, " rows"] | None = None
+    gate_up: Float[Tensor, "rows two_wide"],
+    weights: Float[Tensor, " rows"] | None = None,
+    end: Int[Tensor, ""] | None = None,
 ) -> Float[Tensor, "rows wide"]:
-    """weight · silu(gate) · up of [gate, up]; without weights 1."""
+    """weight · silu(gate) · up of [gate, up]; without weights 1. With `end`, of the rows before it alone."""
     rows, wide = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, wide)
     shape = _tile(wide)
     grid = (triton.cdiv(rows, shape["ROWS"]), triton.cdiv(wide, shape["BLOCK"]))
-    _swiglu[grid](
-        gate_up, gate_up if weights is None else weights, out, rows, wide, WEIGHTED=weights is not None, **shape
-    )
+    if rows:
+        _swiglu[grid](
+            gate_up, gate_up if weights is None else weights, out, gate_up if end is None else end, rows, wide,
+            WEIGHTED=weights is not None, ENDS=end is not None, **shape,
+        )  # fmt: skip
     return out
 
 
@@ -142,17 +181,22 @@ def swiglu_backward(
     grad: Float[Tensor, "rows wide"],
     weights: Float[Tensor, " rows"] | None = None,
     keep: bool = True,
+    end: Int[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, "rows two_wide"], Float[Tensor, "rows wide"] | None, Float[Tensor, " rows"] | None]:
     """The gradient of `gate_up`; the forward's result once more if asked to `keep` it (the next weight's gradient
-    wants it); and the gradient of the weights (float32) where there are any."""
+    wants it); and the gradient of the weights (float32) where there are any. With `end`, of the rows before it; the
+    gradients of the other weights are 0."""
     rows, wide = grad.shape
     weighted = weights is not None
     d_gate_up = torch.empty_like(gate_up)
     out = torch.empty_like(grad) if keep else None
-    d_weights = torch.empty_like(weights) if weighted else None
+    make = torch.empty_like if end is None else torch.zeros_like
+    d_weights = make(weights) if weighted else None
     shape = _tile(wide)
-    _swiglu_backward[(triton.cdiv(rows, shape["ROWS"]),)](
-        gate_up, weights if weighted else gate_up, grad, d_gate_up, out if keep else grad,
-        d_weights if weighted else grad, rows, wide, WEIGHTED=weighted, KEEP=keep, **shape,
-    )  # fmt: skip
+    if rows:
+        _swiglu_backward[(triton.cdiv(rows, shape["ROWS"]),)](
+            gate_up, weights if weighted else gate_up, grad, d_gate_up, out if keep else grad,
+            d_weights if weighted else grad, gate_up if end is None else end, rows, wide, WEIGHTED=weighted, KEEP=keep,
+            ENDS=end is not None, **shape,
+        )  # fmt: skip
     return d_gate_up, out, d_weights
