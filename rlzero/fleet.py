@@ -114,6 +114,11 @@ class Fleet:
         self.asleep = False
         await asyncio.gather(*(self._survive(i, "wake") for i in range(len(self.workers))))
 
+    async def memory(self) -> list[dict[str, int]]:
+        """What every engine holds of its GPU, see `trainer.device_memory`; {} of one that died meanwhile."""
+        answers = await asyncio.gather(*(self._survive(i, "memory") for i in range(len(self.workers))))
+        return [answer or {} for answer in answers]
+
     async def score(self, sequences: list[list[int]], temperature: float) -> list[list]:
         """Every engine's log-probabilities of `sequences`, one list a worker."""
         calls = (self._survive(i, "score", sequences, temperature) for i in range(len(self.workers)))
@@ -133,9 +138,7 @@ class Fleet:
         """A new worker in the place of a dead one: current weights, unfinished requests from their start."""
         if self.restarts_left == 0:
             name = self.workers[index].name
-            raise ClusterError(
-                f"{name} died again after {self.restarts} restarts ({failures.death(error)})"
-            ) from error
+            raise ClusterError(f"{name} died again after {self.restarts} restarts ({failures.death(error)})") from error
         self.restarts_left -= 1
         self.restarts += 1
         await self.cluster.replaced()

@@ -183,6 +183,15 @@ class RolloutWorker:
 
         return gap(self.engine.score(sequences, temperature), trainer_logprobs)
 
+    def memory(self) -> dict[str, int]:
+        """See `trainer.device_memory`: of the engine's GPU, peaks since the last call; {} where it has none."""
+        import torch
+
+        from trainer.device_memory import device_memory
+
+        on_gpu = self.kind == "vllm" and torch.cuda.is_available()
+        return device_memory("cuda") if on_gpu else {}
+
     def sleep(self) -> None:
         self.engine.sleep()
 
