@@ -115,6 +115,21 @@ def make_model(folder: Path, tiny: bool) -> None:
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
+def engine_arguments(completions: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Of vLLM: everything in one batch. CUDA graphs of decoding alone need no compilation, which would cost half a
+    minute at every start."""
+    arguments: dict[str, Any] = {"max_batch": completions, "max_num_batched_tokens": 8192}
+    if options.eager:
+        arguments["enforce_eager"] = True
+    else:
+        sizes = [s for s in (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512) if s <= completions]
+        graphs: dict[str, Any] = {"cudagraph_capture_sizes": sizes}
+        if not options.compiled:
+            graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+        arguments["compilation_config"] = graphs
+    return {**arguments, **json.loads(options.engine_args)}
+
+
 def config_of(name: str, folder: Path, output: Path, options: argparse.Namespace):
     """The run's config."""
     import yaml
@@ -146,16 +161,7 @@ def config_of(name: str, folder: Path, output: Path, options: argparse.Namespace
         rollout |= {"engine": "torch"}
     else:
         tree |= {"device": "cuda"}
-        arguments: dict[str, Any] = {"max_batch": completions, "max_num_batched_tokens": 8192}
-        if options.eager:
-            arguments["enforce_eager"] = True
-        else:  # graphs of decoding alone need no compilation, which would cost half a minute at every start
-            sizes = [s for s in (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512) if s <= completions]
-            graphs = {"cudagraph_capture_sizes": sizes}
-            if not options.compiled:
-                graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-            arguments["compilation_config"] = graphs
-        rollout |= {"engine": "vllm", "engine_args": {**arguments, **json.loads(options.engine_args)}}
+        rollout |= {"engine": "vllm", "engine_args": engine_arguments(completions, options)}
     if name in ("one", "sleep", "checkpointing", "two") and not tiny:
         tree["cluster"]["placement"] = "colocated"
     if name == "sleep":
@@ -262,7 +268,15 @@ def run_once(config, gpus: Gpus, save: bool = False) -> dict[str, Any]:
             print(f"    evaluation {data['step']}: pass@1 {data['pass_at_1']:.1%}", flush=True)
 
     async def go():
-        async with Watched(config, resume=False, watch=watch) as run:
+        run = Watched(config, resume=False, watch=watch)
+        if run.gpu is not None:
+            print(
+                f"    plan: sleep level {run.gpu.sleep_level}, cache {run.gpu.cache_bytes / 2**30:.2f} GiB, trainer "
+                f"{run.gpu.trainer.peak / 2**30:.1f} GiB, engine {run.gpu.engine.peak / 2**30:.1f} GiB, of "
+                f"{run.gpu.device.nbytes / 2**30:.1f} GiB",
+                flush=True,
+            )
+        async with run:
             started_s = time.monotonic()
             await loop.train(run)
             return run.gpu, started_s
@@ -318,12 +332,11 @@ def memory_of(plan, lines: list[dict[str, float]]) -> dict[str, dict[str, float]
     def without_context(held) -> int:
         return held.peak - held.parts.get(CONTEXT, 0)
 
-    device = max(plan.training, plan.writing) if plan.shared else plan.training
     pairs = {
         "trainer, allocated": (plan.trainer.allocated, largest("memory_trainer_allocated_bytes")),
         "trainer, reserved": (without_context(plan.trainer), largest("memory_trainer_reserved_bytes")),
         "engine, reserved": (without_context(plan.engine), largest("memory_engine_reserved_bytes")),
-        "trainer's GPU, all": (device, largest("memory_device_bytes")),
+        "trainer's GPU, all": (plan.on_trainer, largest("memory_device_bytes")),
     }
     return {
         name: {"planned_gib": a / 2**30, "measured_gib": b / 2**30, "off": a / b - 1}
@@ -392,10 +405,9 @@ def learn(output: Path, options: argparse.Namespace) -> None:
     from rlzero.config import Config
     from rlzero.report import summary
 
-    arguments = {"max_batch": 512, "enforce_eager": options.eager}
     changed = [
         "device=cuda", "rollout.engine=vllm", "policy.dtype=bfloat16", "rollout.max_gap=0.1",
-        f"rollout.engine_args={json.dumps({**arguments, **json.loads(options.engine_args)})}",
+        f"rollout.engine_args={json.dumps(engine_arguments(512, options))}",
         f"output_dir={output}", "tracking=[]",
     ]  # fmt: skip
     if options.steps:
@@ -467,6 +479,8 @@ def settings(names: list[str], folder: Path, output: Path, options: argparse.Nam
         print(f"    ({name}: {time.monotonic() - start_s:.0f} s)", flush=True)
         write_figures()
     gpus.close()
+    if options.tiny:
+        return  # nothing here says anything of speed
     for text, (value, met) in targets(done).items():
         said = {True: "met", False: "MISSED", None: ""}[met]
         FIGURES.setdefault("targets", {})[text] = [value, said]
@@ -509,7 +523,7 @@ def main() -> None:
             me = [sys.executable, str(Path(__file__).resolve()), "--make", str(folder)]
             subprocess.run(me + ["--tiny"] * options.tiny, check=True)
             if options.tiny:
-                names = ["disaggregated", "async"]
+                names = ["one", "async", "two"]
             else:
                 import torch
 
