@@ -47,7 +47,7 @@ def main() -> None:
         found = train(f"demo-seed{seed}", seed, [])
         before, after = found["pass_at_1_before"], found["pass_at_1_after"]
         rows += [
-            {"name": f"seed {seed}: pass@1 after", "value": after, "unit": "share", "peer": "before", "peer_value": before},
+            {"name": f"seed {seed}: pass@1", "value": after, "unit": "share", "peer": "before", "peer_value": before},
             {"name": f"seed {seed}: wall", "value": found["wall_s"], "unit": "s", "peer": "target", "peer_value": 480},
         ]
     if not arguments.no_control:

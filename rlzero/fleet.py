@@ -184,6 +184,11 @@ class Fleet:
         self.asleep = False
         await asyncio.gather(*(self._survive(i, "wake") for i in range(len(self.workers))))
 
+    async def memory(self) -> list[dict[str, int]]:
+        """What every engine holds of its GPU, see `trainer.device_memory`; {} of one that died meanwhile."""
+        answers = await asyncio.gather(*(self._survive(i, "memory") for i in range(len(self.workers))))
+        return [answer or {} for answer in answers]
+
     async def score(self, sequences: list[list[int]], temperature: float) -> list[list]:
         """Every engine's log-probabilities of `sequences`, one list a worker."""
         calls = (self._survive(i, "score", sequences, temperature) for i in range(len(self.workers)))

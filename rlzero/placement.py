@@ -253,16 +253,5 @@ def _training_conflicts(config: Config, policy: dict[str, Any]) -> Iterator[Conf
         )
 
 
-def sleep_level(config: Config, placement: Placement) -> int:
-    """What engines free while the trainer works: 0 nothing (both fit in memory), 1 and 2 see rollout.vllm_engine.
-    `rollout.engine_args.sleep_level` where it is set."""
-    asked = config.rollout.engine_args.get("sleep_level")
-    if asked is not None:
-        return int(asked)
-    if not placement.shares_gpus or config.staleness:
-        return 0
-    return 2  # the cheaper of the two that free memory; whether both fit is not estimated here
-
-
 def resources(bundle: dict[str, float]) -> str:
     return " + ".join(f"{amount:g} {name}" for name, amount in sorted(bundle.items())) or "nothing"

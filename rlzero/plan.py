@@ -1,33 +1,22 @@
 """What a run will take, before it starts: memory per process, work per step, placement.
 
 Weights are counted from the headers of the policy's safetensors files, so those figures are exact; activations and
-caches are estimates and marked so.
+caches are estimates and marked so. What stands on GPUs is planned in rlzero.gpu_plan; the figures here are a CPU's.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+from rlzero import gpu_plan
 from rlzero.config import Config
+from rlzero.gpu_plan import GpuPlan
+from rlzero.placement import on_gpus
+from rlzero.policy_size import Policy, read_policy
 
 WIDTH = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Size of the policy in a Hugging Face folder. `active` parameters multiply each token (no embedding, and of
-    the routed experts only the chosen share)."""
-
-    parameters: int
-    active: int
-    hidden: int
-    layers: int
-    vocabulary: int
-    cache_values: int  # numbers that one token leaves in the cache, all layers together
 
 
 @dataclass(frozen=True)
@@ -41,46 +30,27 @@ class Plan:
     longest_tokens: int
     updates: int
     step_flop: float
+    gpu: GpuPlan | None = None  # where the run is on GPUs
 
 
-def read_policy(folder: str | Path) -> Policy | None:
-    """The policy's size; None where the folder has no weights (yet)."""
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as handle:
-            (size,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(size))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    if not shapes:
-        return None
-    layers = config.get("num_hidden_layers", 0)
-    counts = {name: _product(shape) for name, shape in shapes.items() if not _extra_layer(name, layers)}
-    routed = sum(n for name, n in counts.items() if ".experts." in name)
-    experts, chosen = (
-        config.get("n_routed_experts") or config.get("num_experts") or 0,
-        config.get("num_experts_per_tok") or 0,
-    )
-    embedding = sum(n for name, n in counts.items() if "embed_tokens" in name)
-    idle = routed * (1 - chosen / experts) if experts else 0
-    if config.get("kv_lora_rank"):
-        per_layer = config["kv_lora_rank"] + config["qk_rope_head_dim"]
-    else:
-        heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
-        size = config.get("head_dim") or config.get("hidden_size", 0) // max(config.get("num_attention_heads") or 1, 1)
-        per_layer = 2 * heads * size
-    return Policy(
-        parameters=sum(counts.values()),
-        active=round(sum(counts.values()) - idle - embedding),
-        hidden=config.get("hidden_size", 0),
-        layers=layers,
-        vocabulary=config.get("vocab_size", 0),
-        cache_values=per_layer * layers,
-    )
+def sleep_level(config: Config) -> int:
+    """What engines do while the trainer works: 0, they stay awake; 1 or 2, they give their memory back. What
+    engine_args say goes first; then, on a GPU that trainer and engines share, 0 where both fit at their fullest."""
+    asked = config.rollout.engine_args.get("sleep_level")
+    plan = gpu_of(config) if asked is None else None
+    return int(asked or 0) if plan is None else plan.sleep_level
+
+
+def engine_options(config: Config, kind: str) -> dict[str, Any]:
+    """What an engine of `kind` is started with by plan: its context and the size of its cache."""
+    plan = gpu_of(config) if kind == "vllm" else None
+    return {} if plan is None else gpu_plan.engine_options(config, plan, read_policy(config.policy.path or ""))
+
+
+def gpu_of(config: Config) -> GpuPlan | None:
+    """None on a CPU, and where the policy's weights are not there (yet)."""
+    policy = read_policy(config.policy.path or "") if on_gpus(config) else None
+    return None if policy is None else gpu_plan.make_gpu_plan(config, policy)
 
 
 def make_plan(config: Config) -> Plan | None:
@@ -117,6 +87,7 @@ def make_plan(config: Config) -> Plan | None:
         longest_tokens=longest,
         updates=config.steps * config.batch.minibatches,
         step_flop=float((passes + 2) * policy.active * tokens),
+        gpu=gpu_plan.make_gpu_plan(config, policy) if on_gpus(config) else None,
     )
 
 
@@ -133,16 +104,54 @@ def describe(config: Config, plan: Plan | None, placement: list[str]) -> list[st
         return [*lines, f"memory     unknown: {config.policy.path} holds no weights (yet)"]
     policy = plan.policy
     lines.append(f"policy     {count(policy.parameters)} parameters, {count(policy.active)} work on a token")
-    for name, parts in (("trainer", plan.trainer), ("worker", plan.worker)):
-        lines.append(f"{name:<10} {size(sum(parts.values()))}")
-        lines += [f"             {size(value):>10}  {part}" for part, value in parts.items() if value]
+    if plan.gpu is not None:
+        lines += describe_gpu(plan.gpu)
+    else:
+        for name, parts in (("trainer", plan.trainer), ("worker", plan.worker)):
+            lines += _table(name, parts)
     lines.append(f"work       {plan.step_flop:.2g} FLOP a step if every completion is as long as it may be")
     return lines
 
 
+def describe_gpu(plan: GpuPlan) -> list[str]:
+    """What stands on each GPU, part by part, and whether together or in turn."""
+    device, at_once = plan.device, "together" if not plan.sleep_level else "in turn"
+    found = "" if device.found else ", assumed: this machine has no GPU"
+    lines = [f"GPU        {device.name}, {size(device.nbytes)}{found}; {size(plan.room)} of it are planned with"]
+    if plan.shared:
+        engines = f"{plan.engines} engine(s)"
+        lines.append(
+            f"memory     trainer and {engines} {at_once} on each: {size(plan.training)} while the trainer works, "
+            f"{size(plan.writing)} while the engine does"
+        )
+        if plan.sleep_level:
+            lines.append(
+                f"           engines sleep at level {plan.sleep_level} while the trainer works and then hold "
+                f"{size(plan.engine.at_rest)} each; the trainer at rest holds {size(plan.trainer.at_rest)}"
+            )
+    else:
+        lines.append(f"memory     apart: {size(plan.training)} on a trainer's GPU, {size(plan.writing)} on an engine's")
+    if not plan.lacking and plan.needed > plan.room:
+        lines.append(f"           {size(plan.needed - plan.room)} over what is planned with: it may run out of memory")
+    lines += _table("trainer", plan.trainer.parts) + _table("engine", plan.engine.parts)
+    if 0 < plan.cache_bytes < plan.full_cache_bytes:
+        lines.append(
+            f"           a cache of {size(plan.full_cache_bytes)} would hold all that a worker writes at full length; "
+            "with less, the engine may write fewer at a time"
+        )
+    return lines
+
+
+def _table(name: str, parts: dict[str, int]) -> list[str]:
+    lines = [f"{name:<10} {size(sum(parts.values()))}"]
+    return lines + [f"             {size(value):>10}  {part}" for part, value in parts.items() if value]
+
+
 def shortage(config: Config, plan: Plan) -> str | None:
-    """Why the memory of this machine cannot hold a run on it, or None. A run on a cluster is not judged."""
-    if config.cluster.address is not None or config.device == "cuda":
+    """Why memory cannot hold the run, or None: that of a GPU, or of this machine for a run on it alone."""
+    if plan.gpu is not None:
+        return shortage_of_gpu(config, plan.gpu)
+    if config.cluster.address is not None:
         return None
     exact = (
         sum(v for k, v in plan.trainer.items() if "about" not in k) + plan.worker["weights"] * config.rollout.workers
@@ -153,6 +162,34 @@ def shortage(config: Config, plan: Plan) -> str | None:
     return (
         f"the run needs at least {size(exact)} for weights, gradients and optimizer, and this machine has "
         f"{size(there)} of memory; use a smaller policy, or a cluster (cluster.address)"
+    )
+
+
+def shortage_of_gpu(config: Config, plan: GpuPlan) -> str | None:
+    """Why a GPU cannot hold its part of the run, by how much and what helps; None where it can."""
+    if not plan.lacking:
+        return None
+    trainer = plan.training >= plan.writing
+    who = "the trainer works" if trainer else "engines write"
+    ways = ["batch.tokens_per_micro_batch lower"] if trainer or not plan.sleep_level else []
+    if config.policy.activation_checkpointing is not True:
+        ways.append(
+            "policy.activation_checkpointing: "
+            + ("true" if config.policy.activation_checkpointing else "selective or true")
+        )
+    if config.optimizer.moments == "float32":
+        ways.append("optimizer.moments: bfloat16")
+    if plan.shared:
+        ways.append("engines on GPUs of their own")
+        if plan.sleep_level == 0:
+            ways.append("staleness: 0, so that engines can sleep" if config.staleness else "engine_args.sleep_level: 2")
+    if not trainer:
+        ways.append("a smaller rollout.max_tokens or engine_args.max_batch")
+    ways.append("more trainer ranks (parallel.dp), which share out weights and optimizer")
+    return (
+        f"a GPU would hold {size(plan.needed)} while {who} (trainer {size(plan.trainer.peak)}, engine "
+        f"{size(plan.engine.peak)}) and has {size(plan.device.nbytes)} ({plan.device.name}): {size(plan.lacking)} too "
+        f"much. What helps: {'; '.join(ways)}"
     )
 
 
@@ -178,16 +215,3 @@ def _activations(config: Config, policy: Policy, width: int) -> int:
     kept = 2 if config.policy.activation_checkpointing else 18
     logits = min(tokens, 4096) * policy.vocabulary * 4 * 2
     return tokens * policy.hidden * policy.layers * kept * width + logits
-
-
-def _extra_layer(name: str, layers: int) -> bool:
-    """Whether a tensor belongs to a multi-token-prediction layer, stored behind the last one."""
-    parts = name.split(".")
-    return len(parts) > 2 and parts[1] == "layers" and parts[2].isdigit() and int(parts[2]) >= layers > 0
-
-
-def _product(shape: list[int]) -> int:
-    result = 1
-    for extent in shape:
-        result *= extent
-    return result

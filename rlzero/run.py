@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from rewards.runner import RewardRunner
-from rlzero import evaluate
+from rlzero import evaluate, plan
 from rlzero.cluster import Cluster
 from rlzero.config import Config
 from rlzero.data import PromptStream, load_prompts, load_tokenizer
 from rlzero.fleet import Fleet
 from rlzero.groups import Graded, Group
 from rlzero.metrics import Written, lag
-from rlzero.placement import engine_gpus, on_gpus, sleep_level
+from rlzero.placement import engine_gpus, on_gpus
 from rlzero.reading import UsageError
 from rlzero.runlog import RunLog
 from rlzero.writer import Writer
@@ -53,6 +53,10 @@ class Run:
 
     def __init__(self, config: Config, resume: bool, watch: Callable[[str, dict], None] = lambda event, data: None):
         self.config, self.watch = config, watch
+        self.gpu = plan.gpu_of(config)
+        if self.gpu is not None and (why := plan.shortage_of_gpu(config, self.gpu)):
+            raise UsageError(why)
+        self.sleep_level = plan.sleep_level(config)  # of engines while the trainer works; 0: nobody ever sleeps
         self.dir = config.run_dir
         self.step = 0  # the next step to train
         self.stopping = False
@@ -136,6 +140,7 @@ class Run:
     def _engine_options(self, kind: str) -> dict[str, Any]:
         config = self.config
         options = {"dtype": config.policy.dtype, "seed": config.seed, "sleep_level": self.sleep_level}
+        options |= plan.engine_options(config, kind)
         if kind == "vllm" and engine_gpus(config) > 1:
             # Else vLLM, which sees that it runs in a placement group of Ray's, looks there for GPUs of its own.
             options["distributed_executor_backend"] = "mp"
@@ -185,11 +190,6 @@ class Run:
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
-    @property
-    def sleep_level(self) -> int:
-        """What the engines free while the trainer works: 0 where the device holds both, and nobody ever sleeps."""
-        return sleep_level(self.config, self.cluster.placement)
-
     async def make_room(self) -> None:
         """Called before the trainer works; `publish` ends it. Synchronous runs take turns: what is still being written
         is interrupted. From here on the weights are those of no version."""
@@ -197,12 +197,14 @@ class Run:
             self._step_metrics["interrupted_tokens"] = float(await self.writer.pause())
         async with self._handing_over:
             self._trainer_works = True
+        await self.weigh()
         if self.sleep_level:
             await self.fleet.sleep()
 
     async def publish(self, version: int) -> None:
         """Hands the trainer's weights to every engine and compares log-probabilities on the probe: that alone sees
         what an engine derived or repacked from them."""
+        await self.weigh()
         async with self._handing_over:
             if self.sleep_level:
                 await self.trainer.call("release")  # before the engines take their memory back, never after
@@ -234,6 +236,19 @@ class Run:
             await self.fleet.update([handle] * len(self.fleet.workers), version)
             if not self.fleet.bare:
                 return
+
+    async def weigh(self) -> None:
+        """Into the step's metrics: the most memory that trainer, engines and the trainer's GPU held, beside what was
+        planned. Called when either has just worked and gave nothing back."""
+        if self.gpu is None:
+            return
+        found = {f"memory_trainer_{k}_bytes": v for k, v in (await self.trainer.call("memory")).items()}
+        found["memory_device_bytes"] = found.pop("memory_trainer_device_bytes", 0)
+        if not self.config.staleness:  # an engine that writes would let the step wait
+            found["memory_engine_reserved_bytes"] = max(a.get("reserved", 0) for a in await self.fleet.memory())
+        for name, value in found.items():
+            self._step_metrics[name] = max(float(value), self._step_metrics.get(name, 0.0))
+        self._step_metrics["memory_planned_bytes"] = float(self.gpu.on_trainer)
 
     async def check_agreement(self, version: int) -> None:
         """Raises `RunError` where an engine's log-probabilities on the probe are further from the trainer's than

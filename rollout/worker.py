@@ -194,6 +194,19 @@ class RolloutWorker:
 
         return gap(await self.score(sequences, temperature), trainer_logprobs)
 
+    async def memory(self) -> dict[str, int]:
+        """See `trainer.device_memory`: of the engine's GPU, peaks since the last call; {} where it has none."""
+
+        def work(engine: Engine) -> dict[str, int]:
+            import torch
+
+            from trainer.device_memory import device_memory
+
+            on_gpu = self.kind == "vllm" and torch.cuda.is_available()
+            return device_memory("cuda") if on_gpu else {}
+
+        return await self._call(work)
+
     async def sleep(self) -> None:
         await self._call(lambda engine: engine.sleep())
 

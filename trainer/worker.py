@@ -22,6 +22,7 @@ from trainer import checkpoint
 from trainer.balance import BalanceKind, agreement_metrics, router_metrics
 from trainer.batch import Batch
 from trainer.checkpoint import CheckpointError
+from trainer.device_memory import device_memory
 from trainer.losses import LossOptions, Metrics, combine_metrics, policy_loss
 from trainer.optimizer import Optimizer, OptimizerOptions
 from trainer.packing import Sample, pack, to_device
@@ -227,6 +228,10 @@ class Trainer:
             raise ValueError("there is no reference model: it is made where loss.kl_coef > 0")
         self.reference.copy_weights_from(self.policy)
         self._reference_refreshed = True
+
+    def memory(self) -> dict[str, int]:
+        """See `trainer.device_memory`: of this rank's GPU, peaks since the last call."""
+        return device_memory(self.device)
 
     # --- weights and state -------------------------------------------------------------------------------------------
 
