@@ -60,6 +60,7 @@ class TrainerWork:
     recompute: Recompute = "none"
     width: int = BF16  # of weights and activations
     moments: int = FP32
+    master: int = 2  # bytes of a BF16 weight's master beside it: AdamW keeps the lower half (trainer.masters), Muon all
     reference: bool = False
     equal: bool = False
     dp: int = 1
@@ -194,7 +195,7 @@ def _states(dense: int, routed: int, mtp: int, work: TrainerWork) -> dict[str, i
     if work.dp == 1:
         return {
             f"weights ({name})": w * (n + mtp),
-            "master weights (FP32)": FP32 * (n + mtp) if low else 0,
+            "master weights": work.master * (n + mtp) if low else 0,
             moments: 2 * work.moments * n,
             "reference weights": w * (n + mtp) if work.reference else 0,
         }
@@ -202,7 +203,7 @@ def _states(dense: int, routed: int, mtp: int, work: TrainerWork) -> dict[str, i
     own = routed if alone else 0
     shards = -(-(dense + mtp) // work.dp) + (own or -(-routed * work.ep // work.dp))
     return {
-        "master weights (FP32)" if low else f"weights ({name})": FP32 * shards,
+        "master weights" if low else f"weights ({name})": FP32 * (shards - own) + (work.master if low else FP32) * own,
         f"weights of this rank's experts ({name})": w * own if low else 0,
         moments: 2 * work.moments * (shards - -(-mtp // work.dp)),
         "reference weights": w * shards if work.reference else 0,

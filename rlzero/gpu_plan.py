@@ -159,6 +159,7 @@ def trainer_held(config: Config, policy: Policy) -> Held:
         recompute=recompute_of(config.policy.activation_checkpointing),
         width=width,
         moments=BF16 if config.optimizer.moments == "bfloat16" else FP32,
+        master=BF16 if config.optimizer.algorithm == "adamw" else FP32,
         reference=config.loss.kl_coef > 0,
         dp=ranks.dp,
         ep=ranks.ep,

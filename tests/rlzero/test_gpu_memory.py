@@ -29,7 +29,7 @@ def layers() -> list[LayerSize]:
     return [LayerSize(part.dense, part.routed) for part in parts[1 : 1 + V3_2B.num_hidden_layers]]
 
 
-# `max_memory_allocated` in GB, of benchmarks/train_step.py and benchmarks/scaling.py.
+# `max_memory_allocated` in GB, of benchmarks/train_step.py and benchmarks/scaling.py, when masters had 4 bytes.
 MEASURED = [
     ("16 x 1024", 42.1, {"equal": True}),
     ("selective checkpointing", 36.05, {"equal": True, "recompute": "selective"}),
@@ -44,7 +44,8 @@ MEASURED = [
 
 @pytest.mark.parametrize(("measured_gb", "work"), [row[1:] for row in MEASURED], ids=[row[0] for row in MEASURED])
 def test_the_count_is_within_six_percent_of_what_was_measured(layers, measured_gb, work):
-    held = trainer_memory(V3_2B, layers, TrainerWork(**{"tokens": TOKENS, "micro_batches": 1, "moments": 2, **work}))
+    given = {"tokens": TOKENS, "micro_batches": 1, "moments": 2, "master": 4, **work}
+    held = trainer_memory(V3_2B, layers, TrainerWork(**given))
     assert held.allocated / GB == pytest.approx(measured_gb, rel=0.06)
 
 
@@ -67,7 +68,7 @@ def test_recomputing_keeps_less(dense):
 
 def test_at_rest_stay_the_states_alone(layers):
     held = trainer_memory(V3_2B, layers, TrainerWork(TOKENS, 4, moments=2), buffers=1 << 29)
-    states = (2 + 4 + 4) * (sum(layer.all for layer in layers) + 2 * V3_2B.vocab_size * V3_2B.hidden_size)
+    states = (2 + 2 + 4) * (sum(layer.all for layer in layers) + 2 * V3_2B.vocab_size * V3_2B.hidden_size)
     assert held.at_rest == pytest.approx(states + (1 << 29) + (600 << 20), rel=1e-4)
 
 
