@@ -76,6 +76,7 @@ class TrainerActor(Trainer):
 
     def __init__(self, rank: int):
         self._rank, self._listener, self._transport = rank, None, None
+        self._sends_mtp = False
 
     def meet(self) -> str:
         """Rank 0's address, host:port, at which the others find it: of the node's own interface, nobody else's."""
@@ -107,6 +108,28 @@ class TrainerActor(Trainer):
         # These take the live tensors where they lie. Several ranks gather theirs layer by layer, onto the CPU.
         live = isinstance(transport, (IpcTransport, NcclTransport)) and self.ranks.size == 1
         return self._transport.publish(list(self.policy.weights(mtp)) if live else self.weights(mtp), version)
+
+    def offer(self, transport: Any, version: int, mtp: bool, engines: list[int]) -> Any:
+        """Of one of several ranks: the handle of weights that `send` will bring, see `SentTransport`. `engines` is how
+        many of them every rank has on its GPU."""
+        if self._transport is None:
+            self._transport = transport
+        policy, kept = self.policy, self._transport
+        self._sends_mtp = mtp
+        if isinstance(kept, NcclTransport):
+            return kept.offer(policy.layout(mtp), version, policy.owners(mtp), self._rank, self.device)
+        kept.engines = engines[self._rank]
+        return kept.offer(policy.layout(mtp), version, self.device)
+
+    def send(self) -> str | None:
+        """Brings what was offered. Returns, and does not raise, what went wrong at an engine: this rank is well."""
+        owned = isinstance(self._transport, NcclTransport)
+        weights = self.policy.owned_weights if owned else self.policy.weights
+        try:
+            self._transport.send(weights(self._sends_mtp))
+        except RuntimeError as error:
+            return str(error)
+        return None
 
     def forget_transport(self) -> None:
         """The next publication begins with a new one: of engines that an old one knew, one is gone."""

@@ -20,6 +20,7 @@ from rlzero.config import Config
 from rlzero.data import PromptStream, load_prompts, load_tokenizer
 from rlzero.fleet import Fleet
 from rlzero.groups import Graded, Group
+from rlzero.handover import Handover
 from rlzero.metrics import Written, lag
 from rlzero.placement import engine_gpus, on_gpus
 from rlzero.reading import UsageError
@@ -27,12 +28,6 @@ from rlzero.runlog import RunLog
 from rlzero.writer import Writer
 from rollout import probe
 from rollout.engine import Sampling
-from rollout.transport.base import Transport
-from rollout.transport.disk import DiskTransport
-from rollout.transport.ipc import IpcTransport
-from rollout.transport.nccl import NcclTransport
-from rollout.transport.object_store import ObjectStoreTransport
-from rollout.vllm_serving import drafts_from_policy
 from rollout.worker import choose_engine
 from trainer import checkpoint
 
@@ -66,12 +61,8 @@ class Run:
         self.probe = probe.probe_sequences(len(self.tokenizer), without=self.tokenizer.all_special_ids)
         self.start_from = checkpoint.latest(checkpoints(self.dir)) if resume else None
         self.log = RunLog(self.dir, config.tracking)
-        self.version = -1  # of the policy that the engines hold
         self.writer: Writer | None = None
         self._published = asyncio.Condition()
-        self._trainer_works = False  # its weights are about to change; see `make_room`
-        self._handing_over = asyncio.Lock()  # held while engines take weights
-        self._restarts_known = 0  # of workers, to the transport
         self._writing: asyncio.Task | None = None  # collects the groups of coming steps
         self._taken_from: deque[tuple[int, dict]] = deque(maxlen=config.staleness + 2)  # data position before a step
         self._written: dict[int, Written] = {}
@@ -109,9 +100,7 @@ class Run:
                 await self.trainer.call("release")
             self.fleet = Fleet(self.cluster, kind, folder, self._engine_options(kind))
             self.writer = Writer(self.fleet, self.rewards)
-            self.transport = transport(config, placed.choice.transport)
-            if isinstance(self.transport, IpcTransport | NcclTransport):
-                self.fleet.renew = self.renew_weights
+            self.handover = Handover(config, kind, placed, self.trainer, self.fleet, self.sleep_level)
             await asyncio.gather(self.trainer.ready(config.cluster.deadline_s), self.fleet.ready())
             await self.publish(version=self.step)
         except BaseException:
@@ -195,47 +184,22 @@ class Run:
         is interrupted. From here on the weights are those of no version."""
         if not self.config.staleness:
             self._step_metrics["interrupted_tokens"] = float(await self.writer.pause())
-        async with self._handing_over:
-            self._trainer_works = True
         await self.weigh()
-        if self.sleep_level:
-            await self.fleet.sleep()
+        await self.handover.trainer_begins()
 
     async def publish(self, version: int) -> None:
         """Hands the trainer's weights to every engine and compares log-probabilities on the probe: that alone sees
         what an engine derived or repacked from them."""
         await self.weigh()
-        async with self._handing_over:
-            if self.sleep_level:
-                await self.trainer.call("release")  # before the engines take their memory back, never after
-                await self.fleet.wake()  # starts those that died asleep
-            await self._hand_over(version)
-            self._trainer_works = False
+        await self.handover.publish(version)
         async with self._published:
-            self.version = version
             self._published.notify_all()
         await self.check_agreement(version)
 
-    async def renew_weights(self) -> None:
-        """Called by the fleet when a worker was started again and has no current weights: a publication that engines
-        read from the trainer itself is not there for a second reading. While the trainer works there is none; then, and
-        in the middle of a publication, the worker gets its weights with the others."""
-        if self._trainer_works or self._handing_over.locked():
-            return
-        async with self._handing_over:
-            await self._hand_over(self.version)
-
-    async def _hand_over(self, version: int) -> None:
-        """The trainer's weights into every engine. When a worker dies meanwhile, all of them take them once more."""
-        while True:
-            if self._restarts_known != self.fleet.restarts:
-                self._restarts_known = self.fleet.restarts
-                await self.trainer.call("forget_transport")
-            mtp = drafts_from_policy(self.config.rollout.engine_args)
-            handle = await self.trainer.call("publish", self.transport, version, mtp)
-            await self.fleet.update([handle] * len(self.fleet.workers), version)
-            if not self.fleet.bare:
-                return
+    @property
+    def version(self) -> int:
+        """Of the policy that the engines hold; -1 before the first."""
+        return self.handover.version
 
     async def weigh(self) -> None:
         """Into the step's metrics: the most memory that trainer, engines and the trainer's GPU held, beside what was
@@ -346,17 +310,6 @@ def engine(config: Config) -> tuple[str, str]:
         return choose_engine(config.rollout.engine, engine_gpus(config) if on_gpus(config) else 0)
     except RuntimeError as error:
         raise UsageError(f"rollout.engine: {error}") from error
-
-
-def transport(config: Config, name: str) -> Transport:
-    """How weights reach the engines, by the name that the placement came to."""
-    if name == "disk":
-        return DiskTransport(config.run_dir / "weights")
-    if name == "ipc":
-        return IpcTransport()
-    if name == "nccl":
-        return NcclTransport(config.rollout.workers)
-    return ObjectStoreTransport()
 
 
 def checkpoints(run_dir: Path) -> Path:

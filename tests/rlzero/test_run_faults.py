@@ -221,7 +221,7 @@ def test_a_trainer_that_dies_between_publishing_and_receiving_counts_as_a_dead_t
     async def go() -> None:
         async with open_run(config) as run:
             trainer = psutil.Process(await run.trainer.call("pid"))
-            handle = await run.trainer.call("publish", run.transport, 1)
+            handle = await run.trainer.call("publish", run.handover.transport, 1)
             trainer.kill()
             trainer.wait(10)
             with pytest.raises(TrainerDied):
