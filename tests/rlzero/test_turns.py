@@ -16,7 +16,7 @@ from rlzero.run import Run
 from rlzero.runlog import read_lines
 from rollout.engine import EngineUnusable
 
-pytestmark = pytest.mark.timeout(170)
+pytestmark = pytest.mark.timeout(400)
 
 
 class WatchedRun(Run):
