@@ -1,4 +1,4 @@
-"""Speculative decoding as a run sees it: what its metrics say, and that the draft's weights are published."""
+"""Speculative decoding and routing replay as a run sees them: what its metrics say, and what is published."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from rlzero.cluster import TrainerActor
 from rlzero.config import Reward
 from rlzero.groups import Graded, Group
 from rlzero.metrics import Written
+from rlzero.runlog import read_lines
 from rollout.engine import Prompt, Rollout
 from rollout.transport.disk import DiskTransport
 from trainer.optimizer import OptimizerOptions
 from trainer.policy import PolicyOptions
+
+from .conftest import Train
 
 V3 = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2,
@@ -45,3 +48,14 @@ def test_prediction_layers_are_published_for_engines_that_draft_with_them(tmp_pa
     transport = DiskTransport(tmp_path)
     names = {entry.name for entry in transport.manifest(made.publish(transport, 1, mtp)).entries}
     assert ("model.layers.2.eh_proj.weight" in names) is mtp and "model.layers.1.mlp.gate.weight" in names
+
+
+def test_a_run_with_replay_says_how_well_the_routers_agree(write_config, tmp_path):
+    """float32 on both sides: the trainer's router chooses what the engine's chose, for all but a near tie."""
+    changes = {"steps": 2, "rollout.engine_args": {"return_routed_experts": True}, "evaluation.every": 0}
+    with Train(write_config(tmp_path, **changes)) as train:
+        assert train.wait() == 0, train.text
+        lines = read_lines(train.run_dir / "metrics.jsonl")
+    assert len(lines) == 2
+    for line in lines:
+        assert 0.99 < line["router_agreement"] <= line["router_overlap"] <= 1 and line["gap"] < 1e-4
