@@ -510,7 +510,8 @@ def main() -> None:
         folder, output = Path(temporary, "model"), Path(temporary, "runs")
         folder.mkdir()
         output.mkdir()
-        cluster.connect(None, max(8, os.cpu_count() or 1))  # one Ray for all runs
+        store_bytes = 1 << 29 if options.tiny else None  # several ranks hand their weights over through it
+        cluster.connect(None, max(8, os.cpu_count() or 1), store_bytes)  # one Ray for all runs
         if options.learn:
             try:
                 learn(output, options)
