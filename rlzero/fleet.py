@@ -27,6 +27,10 @@ class Fleet:
     long as it has fewer than its engine writes at once, and some to follow. So a worker that is slower than the others
     (another GPU, another load) gets fewer. A single worker gets everything at once, and batches itself. A worker that
     dies is started again with the current weights, and what it had not finished is written again.
+
+    Sampling noise is keyed by (seed, prompt, sample, position), so who writes a group matters for nothing but the
+    rounding of logits: with one worker, with the torch engine's native kernels, and where all groups find room at once,
+    a repeated run has the same bits.
     """
 
     def __init__(self, cluster: Cluster, kind: str, folder: str, options: dict[str, Any], max_restarts: int = 10):

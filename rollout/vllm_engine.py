@@ -343,9 +343,15 @@ class VLLMEngine:
             raise EngineUnusable("the engine is closed")
         if self._unusable == _ASLEEP:
             raise EngineUnusable(_ASLEEP)
+        unread = []
         for running in self._running.values():
             written = self._vllm.output_processor.request_states[running.key].detokenizer.num_output_tokens()
             running.segments.append((self.version, written - sum(n for _, n in running.segments)))
+            if not written:
+                unread.append(running)
+        # Those that wait their turn carry the salt of the old weights, and would read prefixes that these cached.
+        self._vllm.abort_request([running.key for running in unread], internal=True)
+        self._held += [self._running.pop(running.request.id).request for running in unread]
         self._unusable = f"the update to version {version} did not finish"
         try:
             self.installed = self._install(self._expected.checked(weights), getattr(weights, "manifest", None), version)

@@ -111,12 +111,14 @@ def write_config(tiny_policy, tmp_path_factory) -> Callable[..., Path]:
 class Train:
     """`rlzero train` as a process group of its own, as a terminal would start it. Leaves nothing running behind."""
 
+    command = ("rlzero.cli", "train")
+
     def __init__(self, config: Path, *arguments: str):
         self.run_dir = config.parent / "runs" / "tiny"
         self.output = (config.parent / "output.txt").open("a+")
         environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rlzero.cli", "train", str(config), *arguments],
+            [sys.executable, "-m", *self.command, str(config), *arguments],
             env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             cwd=config.parent, start_new_session=True, stdout=self.output, stderr=subprocess.STDOUT,
         )  # fmt: skip

@@ -116,6 +116,8 @@ optimizer: {lr: fast}
         (["algorithm.overlong=[40000, 1.0]"], "smaller than rollout.max_tokens"),
         (["device=cpu", "policy.recipe=fp8"], "fp8_emulated"),
         (["policy.init={vocab_size: 4}", "policy.path=null"], "starts from a trained model"),
+        (["rollout.oversample=1.5"], "set loss.correction=tis"),
+        (["rollout.oversample=3"], "less than or equal to 2"),
         (["optimizer.total_steps=3"], "follows from steps and batch.minibatches"),
         (["optimizer.schedule=linear", "optimizer.warmup_steps=32", "steps=2"], "leave none of the run's 32"),
         (["staleness=1"], "set loss.correction=tis (or icepop), or staleness=0"),

@@ -192,10 +192,11 @@ class Engines:
         key = (model, dtype, json.dumps(options))
         if self.open is None or self.open[0] != key:
             self.close()
-            own = {name: options.pop(name) for name in ("sleep_level", "return_routed_experts") if name in options}
+            names = ("sleep_level", "return_routed_experts", "max_batch")
+            own = {"max_batch": 32} | {name: options.pop(name) for name in names if name in options}
             engine_args = {"enforce_eager": not ON_GPU, "kv_cache_memory_bytes": 32 << 20, **options}
             engine = self.manager.VLLMEngine(
-                self.folders[model], dtype=dtype, max_batch=32, max_context=CONTEXT, engine_args=engine_args, **own
+                self.folders[model], dtype=dtype, max_context=CONTEXT, engine_args=engine_args, **own
             )
             self.open = (key, engine)
         return self.open[1]
@@ -612,6 +613,24 @@ def test_prefixes_of_running_requests_stay_theirs_across_an_update(engines, fold
     ended = {rollout.prompt_id: rollout for rollout in finish(engine)}
     assert near(reference.gap([ended["new"]]))
     assert [len(r.tokens) for r in ended.values()] == [40, 40] and reference.gap([ended["running"]])["mean_abs"] > 0.1
+
+
+def test_samples_that_waited_for_their_turn_during_an_update_read_the_prompt_anew(engines, folders, tmp_path):
+    """A group larger than a batch: the first sample cached the prompt under the old weights, the second begins under
+    the new ones."""
+    reference = Reference(folders["qwen"], tmp_path / "qwen")
+    engine = engines.get("qwen", DTYPE, enable_prefix_caching=True, max_batch=1)
+    prompt, options = tuple((SEQUENCES[2] * 6)[:150]), Sampling(max_tokens=40, ignore_eos=True)
+    old, new = (perturbed(reference.weights, ".", seed=seed) for seed in (31, 32))
+    engine.update(list(old.items()), 5)
+    engine.submit([Request("group", sample, prompt, options) for sample in range(3)])
+    engine.completed(timeout_s=0.0)
+    engine.update(list(new.items()), 6)
+    first, second, third = finish(engine)
+    assert [version for version, _ in first.versions] == [5, 6]
+    assert second.versions == third.versions == [(6, 40)]
+    reference.load(new)
+    assert near(reference.gap([second, third]))
 
 
 def test_closed_engine_refuses_and_leaves_no_process(engines):

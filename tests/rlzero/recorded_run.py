@@ -1,0 +1,52 @@
+"""A run that says what it trained on: `python -m tests.rlzero.recorded_run CONFIG` starts it or goes on with it.
+
+Every step adds a line to `trained.jsonl` before its checkpoint is saved, so that after a kill a step may stand there
+twice; the last line of a step counts. At the end `unused.json` holds the ids of prompts that were taken and not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from rlzero import loop
+from rlzero.config import Config
+from rlzero.groups import Graded
+from rlzero.run import Run, checkpoints
+from trainer import checkpoint
+
+
+class RecordedRun(Run):
+    """Keeps, step by step, the groups that were trained on, and notes their prompts in the run's folder."""
+
+    def __init__(self, config: Config, resume: bool = False):
+        super().__init__(config, resume=resume)
+        self.trained: dict[int, Graded] = {}
+
+    def record(self, step: int, graded: Graded, metrics: dict[str, float]) -> None:
+        self.trained[step] = graded
+        with (self.dir / "trained.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "prompts": [group.prompt.id for group in graded.groups]}) + "\n")
+        super().record(step, graded, metrics)
+
+    def unused(self) -> list[str]:
+        """Ids of the prompts that belong to groups which are still open, or wait to be opened again."""
+        return [self.prompts._at(position).id for position in self.prompts.state_dict()["unused"]]
+
+    def taken(self) -> list[str]:
+        """Ids of all prompts handed out since the run began."""
+        return [self.prompts._at(position).id for position in range(self.prompts.position)]
+
+
+async def train(path: Path) -> None:
+    config = Config.load(path)
+    resume = checkpoint.latest(checkpoints(config.run_dir)) is not None
+    async with RecordedRun(config, resume) as run:
+        await loop.train(run)
+        (run.dir / "unused.json").write_text(json.dumps({"unused": run.unused(), "taken": run.taken()}))
+
+
+if __name__ == "__main__":
+    asyncio.run(train(Path(sys.argv[1])))

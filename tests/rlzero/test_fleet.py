@@ -1,0 +1,154 @@
+"""Several rollout workers as one engine: who writes what. Real Ray actors, real torch engines."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlzero.cluster import Actor, Cluster
+from rlzero.config import Config
+from rlzero.fleet import Fleet, room
+from rollout.engine import Request, Rollout, Sampling
+from rollout.worker import RolloutWorker
+
+pytestmark = pytest.mark.timeout(300)
+
+SLOW_STEP_S = 0.1  # what a step of the slow worker takes longer than its computation
+
+
+class SlowWorker(RolloutWorker):
+    """A worker on a slower device: every step of its engine takes SLOW_STEP_S more."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._engine.call(slow_down).result()
+
+
+def slow_down(engine: Any) -> None:
+    step = engine._step
+    engine._step = lambda: (time.sleep(SLOW_STEP_S), step())
+
+
+class UnevenCluster(Cluster):
+    """Worker 1 is slow."""
+
+    def worker(self, index: int, kind: str, folder: str, options: dict[str, Any]) -> Actor:
+        if index == 0:
+            return super().worker(index, kind, folder, options)
+        kwargs = {"options": options, "threads": 1}
+        return self.start(SlowWorker, 1 + index, f"rollout worker {index}", (kind, folder), kwargs)
+
+
+def with_fleet(path: Path, work: Callable[[Fleet], Awaitable[Any]], cluster: type = Cluster, **options: Any) -> Any:
+    """What `work(fleet)` returns, with a fleet of the workers that the config at `path` asks for."""
+    config = Config.load(path)
+
+    async def go() -> Any:
+        with cluster(config) as started:
+            fleet = Fleet(started, "torch", str(config.policy.path), {"dtype": "float32", **options})
+            await fleet.ready()
+            return await work(fleet)
+
+    return asyncio.run(go())
+
+
+def groups(count: int, size: int = 2, tokens: int = 12) -> list[list[Request]]:
+    """Prompts that differ, of unequal lengths."""
+    sampling = Sampling(tokens, seed=3, ignore_eos=True)
+    return [
+        [Request(f"g{g}", s, tuple(range(5 + g, 15 + g + g % 3)), sampling) for s in range(size)] for g in range(count)
+    ]
+
+
+async def drain(fleet: Fleet) -> dict[str, Rollout]:
+    """Every rollout that comes, by id; none comes twice."""
+    found: dict[str, Rollout] = {}
+    while fleet.busy:
+        for rollout in await fleet.completed():
+            assert rollout.id not in found
+            found[rollout.id] = rollout
+    return found
+
+
+@pytest.fixture
+def two_workers(local_ray, write_config, tmp_path) -> Path:
+    return write_config(tmp_path, **{"rollout.workers": 2})
+
+
+def test_groups_go_to_the_worker_that_has_room(two_workers):
+    """The fast one writes more, and all is done well before equal shares would be."""
+
+    async def work(fleet: Fleet) -> tuple[list[int], list[dict[str, Rollout]], list[float]]:
+        await fleet.submit(groups(2))  # warm
+        await drain(fleet)
+        fleet.shares()
+        began_s = time.monotonic()
+        await fleet.submit(groups(16))
+        assert all(len(requests) <= room(4) for requests in fleet.open)
+        found = await drain(fleet)
+        took_s, tokens = time.monotonic() - began_s, list(fleet.tokens)
+
+        fleet._room = [1000, 1000]  # everything at once: equal shares, in turn
+        began_s = time.monotonic()
+        await fleet.submit(groups(16))
+        assert [len(requests) for requests in fleet.open] == [16, 16]
+        return tokens, [found, await drain(fleet)], [took_s, time.monotonic() - began_s]
+
+    options = {"max_batch": 4, "cache": "expanded"}  # which takes the native kernels
+    tokens, (found, even), (took_s, even_s) = with_fleet(two_workers, work, UnevenCluster, **options)
+    assert found.keys() == even.keys() == {r.id for group in groups(16) for r in group}
+    assert sum(tokens) == 32 * 12 and tokens[0] > 2 * tokens[1] > 0
+    assert took_s < 0.6 * even_s
+    # Which worker wrote a group, and beside which others, changes no bit where kernels are the native ones.
+    for name, rollout in found.items():
+        assert (rollout.tokens, rollout.logprobs) == (even[name].tokens, even[name].logprobs)
+
+
+def test_the_samples_of_a_group_stay_on_one_worker(two_workers):
+    async def work(fleet: Fleet) -> None:
+        await fleet.submit(groups(11, size=3))
+        while fleet.busy:
+            owners = [{name.split("/")[0] for name in requests} for requests in fleet.open]
+            assert not owners[0] & owners[1]
+            await fleet.completed()
+
+    with_fleet(two_workers, work, max_batch=4)
+
+
+def test_interruption_takes_back_what_runs_and_what_waits_and_nothing_else(two_workers):
+    async def work(fleet: Fleet) -> tuple[list[Rollout], dict[str, Rollout]]:
+        asked = groups(12, tokens=40)
+        await fleet.submit(asked)
+        ids = {r.id for group in asked[:10] for r in group}
+        await asyncio.sleep(5 * SLOW_STEP_S)
+        stopped = await fleet.interrupt(ids)
+        return stopped, await drain(fleet)
+
+    stopped, rest = with_fleet(two_workers, work, UnevenCluster, max_batch=4)
+    names = {r.id for r in stopped}
+    assert all(r.finish_reason == "interrupted" for r in stopped) and any(0 < len(r.tokens) < 40 for r in stopped)
+    assert {"g10/0", "g10/1", "g11/0", "g11/1"} <= rest.keys() and not rest.keys() & names
+    assert all(len(r.tokens) == 40 for r in rest.values())
+
+
+def test_a_worker_found_dead_by_two_calls_is_replaced_once_and_loses_nothing(two_workers):
+    async def work(fleet: Fleet) -> tuple[int, dict[str, Rollout]]:
+        victim = (await fleet.workers[1].call("ping", deadline_s=30))["pid"]
+        await fleet.submit(groups(12, tokens=40))
+        reading = asyncio.create_task(drain(fleet))  # finds it dead in `completed`
+        await asyncio.sleep(2 * SLOW_STEP_S)
+        os.kill(victim, signal.SIGKILL)
+        await asyncio.gather(fleet.score([[5, 6, 7]], 1.0), fleet.score([[5, 6, 7]], 1.0))
+        return fleet.restarts, await reading
+
+    restarts, found = with_fleet(two_workers, work, UnevenCluster, max_batch=4)
+    assert restarts == 1
+    assert found.keys() == {r.id for group in groups(12) for r in group}
+    assert all(len(r.tokens) == 40 for r in found.values())
