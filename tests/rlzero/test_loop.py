@@ -121,7 +121,8 @@ def test_a_step_in_two_halves_is_the_same_step(local_ray, finished, write_config
 def test_who_starts_a_run_reads_its_own_lines_and_nobody_elses(finished):
     lines = (finished.parents[1] / "output.txt").read_text().splitlines()
     assert [line.split(" ")[1] for line in lines if line.startswith("step ")] == [f"{n}/8" for n in range(1, 9)]
-    others = [line for line in lines if not line.startswith(("engine: ", "placement: ", "evaluation at step ", "step "))]
+    events = ("engine: ", "placement: ", "evaluation at step ", "step ")
+    others = [line for line in lines if not line.startswith(events)]
     assert [line.split(" ")[0] for line in others] == ["pass@1", "report:"], others
 
 
