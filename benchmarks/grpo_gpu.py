@@ -165,7 +165,7 @@ def config_of(name: str, folder: Path, output: Path, options: argparse.Namespace
     if name in ("one", "sleep", "checkpointing", "two") and not tiny:
         tree["cluster"]["placement"] = "colocated"
     if name == "sleep":
-        rollout["engine_args"]["sleep_level"] = 2
+        rollout.setdefault("engine_args", {})["sleep_level"] = 2
     if name == "checkpointing":
         tree["policy"]["activation_checkpointing"] = True
     if name in ("disaggregated", "async", "partial") and not tiny:
@@ -228,13 +228,16 @@ class Gpus:
             "peak_gib": [round((max(s[2][i] for s in inside) - self.idle[1][i]) / 2**30, 2) for i in range(count)],
         }
 
-    def wait_until_free(self, deadline_s: float = 30.0) -> None:
-        """Until the processes of the run before have given their memory back."""
-        until_s = time.monotonic() + deadline_s
-        while self.idle is not None and time.monotonic() < until_s:
+    def wait_until_free(self, deadline_s: float = 30.0, still_s: float = 3.0) -> None:
+        """Until the processes of the run before have given their memory back, or nothing was given back for a while."""
+        now_s = time.monotonic()
+        until_s, falling_s, least = now_s + deadline_s, now_s, float("inf")
+        while self.idle is not None and (now_s := time.monotonic()) < until_s and now_s - falling_s < still_s:
             found = self._read()
             if found is None or all(a - b < 1 << 28 for a, b in zip(found[1], self.idle[1], strict=True)):
                 return
+            if sum(found[1]) < least - (1 << 24):
+                least, falling_s = sum(found[1]), now_s
             time.sleep(0.2)
 
 

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from rlzero import rates
 from rlzero.config import Positive, _Section
+from rlzero.gpu_memory import kept_of_layer
 from rlzero.plan import count, size
 from rlzero.reading import UsageError, read_config
 from trainer.optimizer import OptimizerOptions
@@ -328,10 +329,13 @@ def _memory(config: ModelConfig, stage: Sequence[Part], index: int) -> dict[str,
 
 
 def kept_bytes(config: ModelConfig, dense: bool, recompute: str | None = None) -> int:
-    """About what one layer keeps of one token for the backward pass: inputs of norms and of Linear (one byte a value in
-    FP8), attention's operands and result, gate and up of the MLPs; less what `recompute` makes again."""
+    """What one layer keeps of one token for the backward pass: in BF16 with nothing made again, what this trainer's
+    kernels keep. Else about that: inputs of norms and of Linear (one byte a value in FP8), attention's operands and
+    result, gate and up of the MLPs, whose product is made again; less what `recompute` makes again."""
     m, recompute = config.architecture, recompute or config.placement.recompute
     fp8 = config.policy.recipe == "fp8"
+    if not fp8 and recompute == "none":
+        return kept_of_layer(m, dense, "none")
     width = 1 + FP32 / 128 if fp8 else BF16  # of the input of a Linear: FP8 with a scale for every 128
     hidden, heads, latent = m.hidden_size, m.num_attention_heads, m.kv_lora_rank + m.qk_rope_head_dim
     if recompute == "full":

@@ -24,6 +24,13 @@ __all__ = ["RunLog", "curve_svg", "summary", "write_report"]
 
 # Parts of a step in the order they happen; what a run times besides them follows.
 PARTS = ("generate", "rollout", "score", "train", "sync", "save", "eval")
+# What a run on GPUs says of memory: `memory_<name>_bytes`.
+MEMORY = {
+    "planned": "planned, a trainer's GPU",
+    "device": "held of it, all processes",
+    "trainer_reserved": "trainer",
+    "engine_reserved": "engine",
+}
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -176,6 +183,9 @@ def _plots(steps: Sequence[dict], evaluations: Sequence[dict]) -> list[str]:
     gap_names = {"gap": "mean |Δ logprob|", "gap_k3": "k3", "gap_outside": "share outside [0.5, 2]"}
     gaps = [_series(steps, key, label) for key, label in gap_names.items() if _has(steps, key)]
     length = [_series(steps, "length_mean", "tokens", smooth=True)]
+    held = [_series(steps, f"memory_{key}_bytes", label) for key, label in MEMORY.items()]
+    held = [series for series in held if any(y is not None for y in series.ys)]
+    memory = [line_chart("GPU memory, bytes: planned and measured", held, y_range=(0.0, None))] if held else []
     return [
         line_chart("Held-out questions: pass@1 and cons@k", _pass_series(evaluations), percent, (0.0, 1.0)),
         line_chart("Reward", _reward_series(steps)),
@@ -183,6 +193,7 @@ def _plots(steps: Sequence[dict], evaluations: Sequence[dict]) -> list[str]:
         line_chart("KL to the reference", [_series(steps, "kl_reference", "kl", smooth=True)]),
         line_chart("Entropy, nats per token", [_series(steps, "entropy", "entropy", smooth=True)], y_range=(0.0, None)),
         line_chart("Gap between engine and trainer", gaps, y_range=(0.0, None)),
+        *memory,
         stacked_bars("Time of a step, seconds", [line["step"] for line in steps], _parts(steps), width=1150),
     ]
 

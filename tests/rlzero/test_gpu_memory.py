@@ -74,6 +74,8 @@ def test_at_rest_stay_the_states_alone(layers):
 
 # ---- what stands together ----
 
+MANY = {"batch.prompts": 64, "batch.group_size": 8, "batch.tokens_per_micro_batch": 16_384}
+
 
 @pytest.fixture
 def plan_of(write_config, tmp_path):
@@ -93,14 +95,13 @@ def test_both_stay_awake_where_both_fit(plan_of):
 
 
 def test_engines_sleep_where_only_one_of_both_fits(plan_of):
-    many = {"batch.prompts": 64, "batch.group_size": 8, "batch.tokens_per_micro_batch": 16_384}
-    _, plan = plan_of(**many)
+    _, plan = plan_of(**MANY)
     together = plan.training
-    _, plan = plan_of(round(together / 0.94) - (8 << 20), **many)
+    _, plan = plan_of(round(together / 0.94) - (8 << 20), **MANY)
     assert plan.sleep_level == 2 and plan.lacking == 0
     assert plan.training == plan.trainer.peak + plan.engine.at_rest <= plan.room
     assert plan.writing == plan.trainer.at_rest + plan.engine.peak <= plan.room
-    _, plan = plan_of(round(together / 0.94) + (8 << 20), **many)
+    _, plan = plan_of(round(together / 0.94) + (8 << 20), **MANY)
     assert plan.sleep_level == 0
 
 
@@ -174,3 +175,20 @@ def test_an_mtp_layers_copies_of_the_tables_are_not_counted(tiny_policy):
     assert isinstance(found, Policy) and abs(found.mtp - size.mtp) <= biases
     own = sum(layer.all for layer in found.by_layer)
     assert abs(own - sum(part.dense + part.routed for part in parts[1 : 1 + config.num_hidden_layers])) <= biases
+
+
+def test_what_engines_do_while_the_trainer_works(plan_of, monkeypatch):
+    """Asked for, it is done; else they sleep only on a GPU that does not hold both, and where they do not write."""
+
+    def level(nbytes: int, **changes) -> int:
+        monkeypatch.setattr(gpu_plan, "find_device", lambda: Device("GPU", nbytes, False))
+        return sleep_level(plan_of(**{**MANY, **changes})[0])
+
+    _, plan = plan_of(**MANY)
+    large, small = H100.nbytes, round(plan.training / 0.94) - (8 << 20)
+    asynchronous = {"staleness": 1, "loss.correction": "tis"}
+    assert level(large) == 0 and level(small) == 2
+    assert level(large, **{"rollout.engine_args": {"sleep_level": 2}}) == 2
+    assert level(small, **{"rollout.engine_args": {"sleep_level": 0}}) == 0
+    assert level(small, **asynchronous) == 0
+    assert level(small, **{"cluster.placement": "disaggregated"}) == 0

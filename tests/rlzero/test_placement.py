@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlzero.config import Config
-from rlzero.placement import choose, plan, sleep_level
+from rlzero.placement import choose, plan
 from rlzero.reading import ConfigError
 
 
@@ -104,14 +104,3 @@ def test_several_ranks_are_for_v3_policies(on_gpu, tmp_path):
 
 def test_ranks_wait_for_each_other_as_long_as_the_run_waits_for_them(on_gpu):
     assert on_gpu(**{"rollout.deadline_s": 77.0}).parallel.deadline_s == 77.0
-
-
-def test_engines_sleep_where_they_share_a_gpu_in_turn(on_gpu):
-    def level(**changes) -> int:
-        config = on_gpu(**changes)
-        return sleep_level(config, plan(config, gpus=8))
-
-    assert level() == 2
-    assert level(engine_args={"sleep_level": 0}) == 0 and level(engine_args={"sleep_level": 1}) == 1
-    assert level(staleness=1) == 0 and level(staleness=1, **{"cluster.placement": "colocated"}) == 0
-    assert level(dp=2, workers=3) == 0

@@ -165,6 +165,12 @@ def test_the_page_is_self_contained_and_shows_everything_asked_for(run_dir):
         assert part in text, part
 
 
+def test_a_run_on_gpus_shows_its_memory_beside_the_plan(run_dir):
+    RunLog(run_dir).metrics({**step_line(6), "memory_planned_bytes": 4e10, "memory_device_bytes": 3.8e10})
+    html = write_report(run_dir).read_text()
+    assert "GPU memory" in html and "held of it" in html and ">engine<" not in html
+
+
 def test_a_run_without_evaluation_or_samples_still_has_a_page(tmp_path):
     RunLog(tmp_path).metrics({"step": 0, "reward_mean": 0.5})
     html = write_report(tmp_path).read_text()
