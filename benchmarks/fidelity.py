@@ -315,7 +315,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="rlzero-fidelity-") as scratch:
         folder = Path(scratch) / "bf16"
-        made = PolicyOptions(init=model_config(tiny).to_hf(), dtype="bfloat16", freeze_router_bias=False)
+        made = PolicyOptions(init=model_config(tiny).to_hf(), dtype="bfloat16")
         optimizer = OptimizerOptions(
             lr=3e-3 if tiny else 5e-4, warmup_steps=10, moments="bfloat16", router_bias_gamma=1e-3
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import traceback
@@ -25,32 +26,36 @@ def worker_main(pipe: Any, kind: str, folder: str, options: dict[str, Any], envi
 
             cpu_speculation.install()
             VLLMEngine.speculates_on_cpu = True
-        worker = RolloutWorker(kind, folder, options)
+        worker, events = RolloutWorker(kind, folder, options), asyncio.new_event_loop()
         pipe.send(("ok", None, 0.0))
     except BaseException:
         pipe.send(("error", traceback.format_exc(), 0.0))
         return
+
+    def call(method: str, *arguments: Any) -> Any:
+        return events.run_until_complete(getattr(worker, method)(*arguments))
+
     while (message := _next(pipe)) is not None:
         name, *arguments = message
         began_s = time.perf_counter()
         try:
             if name == "write":
-                worker.submit(*arguments)
+                call("submit", *arguments)
                 answer: Any = []
-                while ended := worker.completed():
+                while ended := call("completed"):
                     answer += ended
             elif name == "inside":  # a function that runs where vLLM's model is; the first worker's answer
-                answer = worker.engine._vllm.engine_core.collective_rpc(arguments[0])[0]
+                answer = call("_call", lambda e, work=arguments[0]: e._vllm.engine_core.collective_rpc(work)[0])
             elif name == "installed":
-                installed = getattr(worker.engine, "installed", None)
+                installed = call("_call", lambda engine: getattr(engine, "installed", None))
                 answer = installed and (installed.way, installed.tensors, installed.verified)
             else:
-                answer = getattr(worker, name)(*arguments)
+                answer = call(name, *arguments)
             took_s = time.perf_counter() - began_s
             pipe.send(("ok", answer, took_s))
         except BaseException:
             pipe.send(("error", traceback.format_exc(), 0.0))
-    worker.close()
+    call("close")
 
 
 def placement(worker: Any) -> tuple[int, int]:
