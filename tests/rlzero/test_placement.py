@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlzero.config import Config
-from rlzero.placement import choose, plan, sleep_level
+from rlzero.placement import choose, plan
 from rlzero.reading import ConfigError
 
 
@@ -26,12 +26,12 @@ def on_gpu(write_config, tmp_path):
     ("changes", "kind", "transport", "reason"),
     [
         ({}, "colocated", "ipc", "staleness 0"),
-        ({"dp": 4, "workers": 4}, "colocated", "object_store", "staleness 0"),
-        ({"dp": 4, "workers": 2}, "colocated", "object_store", "staleness 0"),
-        ({"dp": 2, "workers": 3}, "disaggregated", "object_store", "more rollout workers (3) than trainer ranks (2)"),
+        ({"dp": 4, "workers": 4}, "colocated", "ipc", "staleness 0"),
+        ({"dp": 4, "workers": 2}, "colocated", "ipc", "staleness 0"),
+        ({"dp": 2, "workers": 3}, "disaggregated", "nccl", "more rollout workers (3) than trainer ranks (2)"),
         ({"engine_args": {"tensor_parallel_size": 2}}, "disaggregated", "nccl", "an engine takes 2 GPUs"),
         ({"staleness": 1}, "disaggregated", "nccl", "each on GPUs of its own"),
-        ({"staleness": 1, "dp": 5, "workers": 4}, "colocated", "object_store", "would have 9 GPUs"),
+        ({"staleness": 1, "dp": 5, "workers": 4}, "colocated", "ipc", "would have 9 GPUs"),
         ({"cluster.placement": "disaggregated"}, "disaggregated", "nccl", "asked for"),
         ({"cluster.placement": "colocated", "staleness": 1}, "colocated", "ipc", "asked for"),
         ({"transport": "disk"}, "colocated", "disk", "staleness 0"),
@@ -74,7 +74,6 @@ def test_disaggregated_a_tensor_parallel_engine_has_its_gpus_on_one_node(on_gpu)
         ),
         ({"transport": "nccl"}, "cannot broadcast between two processes on one GPU (placement colocated: staleness 0"),
         ({"transport": "ipc", "staleness": 1}, "here each has its own (placement disaggregated: staleness 1"),
-        ({"dp": 2, "transport": "ipc"}, "reads the memory of one trainer rank"),
         ({"engine_args": {"sleep_level": 1}, "cluster.placement": "disaggregated"}, "have GPUs of their own"),
         (
             {"engine_args": {"sleep_level": 1}, "staleness": 1, "cluster.placement": "colocated"},
@@ -104,14 +103,3 @@ def test_several_ranks_are_for_v3_policies(on_gpu, tmp_path):
 
 def test_ranks_wait_for_each_other_as_long_as_the_run_waits_for_them(on_gpu):
     assert on_gpu(**{"rollout.deadline_s": 77.0}).parallel.deadline_s == 77.0
-
-
-def test_engines_sleep_where_they_share_a_gpu_in_turn(on_gpu):
-    def level(**changes) -> int:
-        config = on_gpu(**changes)
-        return sleep_level(config, plan(config, gpus=8))
-
-    assert level() == 2
-    assert level(engine_args={"sleep_level": 0}) == 0 and level(engine_args={"sleep_level": 1}) == 1
-    assert level(staleness=1) == 0 and level(staleness=1, **{"cluster.placement": "colocated"}) == 0
-    assert level(dp=2, workers=3) == 0
