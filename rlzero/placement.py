@@ -140,9 +140,7 @@ def choose(config: Config, gpus: int | None = None) -> Choice:
     else:
         kind = "disaggregated"
         reason = f"staleness {config.staleness}, so trainer and engines work at once, each on GPUs of its own"
-    # These read the memory of one rank that holds everything; several ranks gather on rank 0's CPU.
-    direct = "ipc" if kind == "colocated" else "nccl"
-    return _with_transport(config, kind, reason, direct if ranks == 1 else "object_store")
+    return _with_transport(config, kind, reason, "ipc" if kind == "colocated" else "nccl")
 
 
 def _with_transport(config: Config, kind: Kind, reason: str, transport: str) -> Choice:
@@ -196,12 +194,6 @@ def conflicts(config: Config, policy: dict[str, Any]) -> Iterator[Conflict]:
             where,
             f"cluster.placement: colocated, but {workers} rollout workers cannot share the GPUs of {ranks} trainer "
             f"rank(s); lower rollout.workers, raise parallel.dp to {workers}, or use cluster.placement=disaggregated",
-        )
-    if ranks > 1 and rollout.transport in ("ipc", "nccl"):
-        yield (
-            ("rollout.transport", "parallel"),
-            f"rollout.transport: {rollout.transport} reads the memory of one trainer rank, and {ranks} hold parts of "
-            "the weights; leave it out",
         )
     level = rollout.engine_args.get("sleep_level")
     if level and config.staleness:

@@ -155,6 +155,7 @@ def test_a_sample_longer_than_the_policys_context_is_an_error(write, tmp_path):
     [
         ("a: [1", "run.yaml:1"),
         ("steps: 1\nsteps: 2\n", "the key 'steps' is given twice"),
+        ("{[a]: 1}", "['a'] cannot be a key"),
         ("- a\n", "expected `key: value` lines, found a list"),
         ("", "policy: missing"),
     ],

@@ -105,5 +105,5 @@ def test_two_ranks_share_their_gpus_with_two_engines(train, ep):
             "rollout.engine_args": {**ENGINE, "sleep_level": 2},
         }
     )  # fmt: skip
-    assert "placement: colocated (staleness 0" in said
+    assert "placement: colocated (staleness 0" in said and "), ipc" in said
     assert_in_step(lines, 4)

@@ -59,6 +59,31 @@ def test_a_run_goes_on_with_another_number_of_ranks(finished, write_config, tmp_
     assert_same_metrics(train.run_dir, finished, range(6))
 
 
+@pytest.mark.parametrize(("placement", "transport"), [("colocated", "ipc"), ("disaggregated", "nccl")])
+def test_the_weights_of_two_ranks_travel_while_they_are_gathered(
+    placement, transport, finished, write_config, tmp_path
+):
+    """Colocated each engine takes them from its own rank. Ranks share the experts out, engines hold all of them; one of
+    the engines dies between the steps."""
+    workers = 2 if placement == "colocated" else 1
+    changes = {"cluster.placement": placement, "rollout.transport": transport, "rollout.workers": workers}
+    config = Config.load(write_config(tmp_path, steps=3, **changes, **RANKS["ep"], **QUIET))
+
+    class Shaken(Run):
+        async def make_room(self) -> None:
+            if self.version == 1:
+                os.kill((await self.fleet.workers[-1].call("ping", deadline_s=30))["pid"], signal.SIGKILL)
+            await super().make_room()
+
+    async def go() -> None:
+        async with Shaken(config, resume=False) as run:
+            await loop.train(run)
+            assert run.fleet.restarts == 1
+
+    asyncio.run(go())
+    assert_same_metrics(config.run_dir, finished, range(3))
+
+
 def test_a_run_that_loses_a_rank_goes_on_by_itself_to_the_same_metrics(finished, write_config, tmp_path):
     with Train(write_config(tmp_path, **RANKS["dp"])) as train:
         train.wait_for_step(2)
