@@ -1,4 +1,5 @@
-"""A run that says what it trained on: `python -m tests.rlzero.recorded_run CONFIG` starts it or goes on with it.
+"""A run with slow engines that says what it trained on: `python -m tests.rlzero.recorded_run CONFIG` starts it or goes
+on with it.
 
 Every step adds a line to `trained.jsonl` before its checkpoint is saved, so that after a kill a step may stand there
 twice; the last line of a step counts. At the end `unused.json` holds the ids of prompts that were taken and not used.
@@ -9,13 +10,44 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from rlzero import loop
+from rlzero import run as run_module
+from rlzero.cluster import Actor, Cluster
 from rlzero.config import Config
 from rlzero.groups import Graded
 from rlzero.run import Run, checkpoints
+from rollout.worker import RolloutWorker
 from trainer import checkpoint
+
+STEP_S = 0.02  # what every step of a slow engine takes longer than its computation
+
+
+class SlowWorker(RolloutWorker):
+    """A worker on a slow device."""
+
+    def __init__(self, *args: Any, step_s: float = STEP_S, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+
+        def slow_down(engine: Any) -> None:
+            step = engine._step
+            engine._step = lambda: (time.sleep(step_s), step())
+
+        self._engine.call(slow_down).result()
+
+
+class SlowCluster(Cluster):
+    """Every step of worker i takes `step_s(i)` longer."""
+
+    def step_s(self, index: int) -> float:
+        return STEP_S
+
+    def worker(self, index: int, kind: str, folder: str, options: dict[str, Any]) -> Actor:
+        kwargs = {"options": options, "threads": 1, "step_s": self.step_s(index)}
+        return self.start(SlowWorker, 1 + index, f"rollout worker {index}", (kind, folder), kwargs)
 
 
 class RecordedRun(Run):
@@ -49,4 +81,5 @@ async def train(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    run_module.Cluster = SlowCluster
     asyncio.run(train(Path(sys.argv[1])))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rlzero import loop, writer
+from rlzero import run as run_module
 from rlzero.config import Config
 from rlzero.runlog import read_lines
 from rollout.engine import Request, Rollout
@@ -20,7 +21,7 @@ from rollout.torch_engine import TorchEngine
 from rollout.transport.disk import read_folder
 
 from .conftest import Train
-from .recorded_run import RecordedRun
+from .recorded_run import RecordedRun, SlowCluster
 
 pytestmark = pytest.mark.timeout(500)
 
@@ -42,7 +43,9 @@ def train(config: Path) -> RecordedRun:
             await loop.train(run)
             return run
 
-    return asyncio.run(go())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "Cluster", SlowCluster)
+        return asyncio.run(go())
 
 
 def rollouts(run: RecordedRun) -> list[tuple[int, Rollout]]:
