@@ -16,7 +16,7 @@ from typing import Any
 
 from rlzero import loop
 from rlzero import run as run_module
-from rlzero.cluster import Actor, Cluster
+from rlzero.cluster import Cluster
 from rlzero.config import Config
 from rlzero.groups import Graded
 from rlzero.run import Run, checkpoints
@@ -45,9 +45,10 @@ class SlowCluster(Cluster):
     def step_s(self, index: int) -> float:
         return STEP_S
 
-    def worker(self, index: int, kind: str, folder: str, options: dict[str, Any]) -> Actor:
-        kwargs = {"options": options, "threads": 1, "step_s": self.step_s(index)}
-        return self.start(SlowWorker, 1 + index, f"rollout worker {index}", (kind, folder), kwargs)
+    def start(self, cls: type, where: Any, name: str, args: tuple, kwargs: dict[str, Any], *more: Any) -> Any:
+        if cls is RolloutWorker:
+            cls, kwargs = SlowWorker, {**kwargs, "step_s": self.step_s(int(name.split()[-1]))}
+        return super().start(cls, where, name, args, kwargs, *more)
 
 
 class RecordedRun(Run):
