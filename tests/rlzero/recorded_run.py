@@ -57,6 +57,11 @@ class RecordedRun(Run):
     def __init__(self, config: Config, resume: bool = False):
         super().__init__(config, resume=resume)
         self.trained: dict[int, Graded] = {}
+        self.written: list[str] = []  # ids of the prompts of all groups, those that were dropped again included
+
+    def count(self, step: int, graded: Graded) -> None:
+        self.written += [group.prompt.id for group in graded.groups]
+        super().count(step, graded)
 
     def record(self, step: int, graded: Graded, metrics: dict[str, float]) -> None:
         self.trained[step] = graded
