@@ -2,7 +2,8 @@
 
 A step: take prompts, write completions, score them, drop or refill groups that teach nothing, turn rewards into
 advantages, pack, train, hand the new weights to the engines; evaluate and save when due. With `staleness: n` the
-completions of up to n further steps are written while a step trains; with 0 everything happens in turn.
+completions of up to n further steps are written while a step trains; with 0 everything happens in turn. With
+`rollout.oversample` above 1 more groups are opened than a step needs, and those not complete in time go on in the next.
 """
 
 from __future__ import annotations

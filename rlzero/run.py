@@ -62,7 +62,8 @@ class Run:
         self.start_from = checkpoint.latest(checkpoints(self.dir)) if resume else None
         self.log = RunLog(self.dir, config.tracking)
         self.writer: Writer | None = None
-        self._published = asyncio.Condition()
+        self._evaluated = -1  # the last step before which an evaluation was, if it was due
+        self._published = asyncio.Condition()  # a version, or an evaluation
         self._writing: asyncio.Task | None = None  # collects the groups of coming steps
         self._taken_from: deque[tuple[int, dict]] = deque(maxlen=config.staleness + 2)  # data position before a step
         self._written: dict[int, Written] = {}
@@ -156,13 +157,18 @@ class Run:
 
     async def ahead(self, collect: Callable[[int], Awaitable[Graded]]) -> AsyncIterator[Graded]:
         """What `collect(step)` returns, step by step. The collection of step t starts once the policy has version
-        t - staleness: with staleness 0 that is when everything before it is done. One collection at a time."""
+        t - staleness; with staleness 0 also the evaluation before it is over, so that what runs together in an engine
+        does not depend on time. One collection at a time."""
         ready: asyncio.Queue[Graded] = asyncio.Queue()
+        staleness = self.config.staleness
+
+        def may_begin(step: int) -> bool:
+            return self.version >= step - staleness and (staleness > 0 or self._evaluated >= step)
 
         async def produce() -> None:
             for step in range(self.step, self.config.steps):
                 async with self._published:
-                    await self._published.wait_for(lambda needed=step - self.config.staleness: self.version >= needed)
+                    await self._published.wait_for(lambda step=step: may_begin(step))
                 self._taken_from.append((step, self.prompts.state_dict()))
                 await ready.put(await collect(step))
 
@@ -272,9 +278,14 @@ class Run:
         `evaluation.every` steps between."""
         options = self.config.evaluation
         due = step in (0, self.config.steps) or (options.every and step % options.every == 0)
-        if self.held_out is None or not due or step in self.log.evaluated:
-            return
-        began_s = time.monotonic()
+        if self.held_out is not None and due and step not in self.log.evaluated:
+            await self._evaluate(step)
+        async with self._published:
+            self._evaluated = step
+            self._published.notify_all()
+
+    async def _evaluate(self, step: int) -> None:
+        began_s, options = time.monotonic(), self.config.evaluation
         sampling = Sampling(
             self.config.rollout.max_tokens, options.temperature, options.top_p, stop=self.config.rollout.stop, seed=0
         )

@@ -12,38 +12,23 @@ from typing import Any
 
 import pytest
 
-from rlzero.cluster import Actor, Cluster
+from rlzero.cluster import Cluster
 from rlzero.config import Config
 from rlzero.fleet import Fleet, room
 from rollout.engine import Request, Rollout, Sampling
-from rollout.worker import RolloutWorker
+
+from .recorded_run import SlowCluster
 
 pytestmark = pytest.mark.timeout(300)
 
 SLOW_STEP_S = 0.1  # what a step of the slow worker takes longer than its computation
 
 
-class SlowWorker(RolloutWorker):
-    """A worker on a slower device: every step of its engine takes SLOW_STEP_S more."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._engine.call(slow_down).result()
-
-
-def slow_down(engine: Any) -> None:
-    step = engine._step
-    engine._step = lambda: (time.sleep(SLOW_STEP_S), step())
-
-
-class UnevenCluster(Cluster):
+class UnevenCluster(SlowCluster):
     """Worker 1 is slow."""
 
-    def worker(self, index: int, kind: str, folder: str, options: dict[str, Any]) -> Actor:
-        if index == 0:
-            return super().worker(index, kind, folder, options)
-        kwargs = {"options": options, "threads": 1}
-        return self.start(SlowWorker, 1 + index, f"rollout worker {index}", (kind, folder), kwargs)
+    def step_s(self, index: int) -> float:
+        return SLOW_STEP_S if index == 1 else 0.0
 
 
 def with_fleet(path: Path, work: Callable[[Fleet], Awaitable[Any]], cluster: type = Cluster, **options: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rlzero import loop, writer
+from rlzero import run as run_module
 from rlzero.config import Config
 from rlzero.runlog import read_lines
 from rollout.engine import Request, Rollout
@@ -20,7 +21,7 @@ from rollout.torch_engine import TorchEngine
 from rollout.transport.disk import read_folder
 
 from .conftest import Train
-from .recorded_run import RecordedRun
+from .recorded_run import RecordedRun, SlowCluster
 
 pytestmark = pytest.mark.timeout(500)
 
@@ -42,7 +43,9 @@ def train(config: Path) -> RecordedRun:
             await loop.train(run)
             return run
 
-    return asyncio.run(go())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "Cluster", SlowCluster)
+        return asyncio.run(go())
 
 
 def rollouts(run: RecordedRun) -> list[tuple[int, Rollout]]:
@@ -130,6 +133,19 @@ def test_a_group_that_was_carried_long_enough_is_waited_for(local_ray, write_con
     run = train(write_config(tmp_path, **SHORT_STEPS | {"rollout.oversample": 1.5, "steps": 6}))
     lags = [step - r.versions[0][0] for step, r in rollouts(run)]
     assert max(lags) == 1
+
+
+def test_refills_take_carried_groups_and_evaluations_run_beside_them(local_ray, write_config, tmp_path):
+    """With dynamic sampling a step drops groups and needs others: none is lost or comes twice, and no evaluation is
+    stopped where the step's unfinished groups are."""
+    changes = {"steps": 4, "rollout.oversample": 1.5, "algorithm.max_refills": 30, "batch.group_size": 2}
+    changes |= {"data.evaluation": "countdown", "evaluation.every": 1, "evaluation.prompts": 3, "staleness": 1}
+    run = train(write_config(tmp_path, reward="coin", **SHORT_STEPS | changes))
+    assert [len(graded.groups) for graded in run.trained.values()] == [2] * 4
+    assert not any(graded.degenerate.any() for graded in run.trained.values())
+    assert len(run.written) > 4 * 2, "no group was dropped: the test shows nothing"
+    assert sorted(run.written + run.unused()) == sorted(run.taken()) and len(set(run.taken())) == len(run.taken())
+    assert [line["step"] for line in read_lines(run.dir / "evals.jsonl")] == [0, 1, 2, 3, 4]
 
 
 # --- updates in flight -----------------------------------------------------------------------------------------------
