@@ -145,10 +145,10 @@ def checkpoint_form(model: torch.nn.Module) -> Iterator[None]:
 
 
 def unwritten(plan: Mapping[str, list[Copy]], model: torch.nn.Module) -> list[str]:
-    """Parameters of the model that no copy of the plan writes to."""
+    """Parameters of the model that no copy of the plan writes to; derived ones are computed."""
     written = {copy.target.untyped_storage().data_ptr() for copies in plan.values() for copy in copies}
-    parameters = ((name, p) for name, p in model.named_parameters() if p.numel())
-    return [name for name, p in parameters if p.untyped_storage().data_ptr() not in written]
+    parameters = [(n, p) for n, p in model.named_parameters() if p.numel() and n.rpartition(".")[2] not in _DERIVED]
+    return [name for name, parameter in parameters if parameter.untyped_storage().data_ptr() not in written]
 
 
 @torch.no_grad()
