@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,31 +132,36 @@ class TrainerSide:
                 noise = torch.empty(tensor.shape, device=self.device).normal_(0.0, scale, generator=self.generator)
                 tensor.add_(noise.to(tensor.dtype))
 
-    def meant(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights as the engine is to compute with them, by torch's plain operations."""
-        from trainer.model.hf import stored_as
-        from trainer.precision.quantize import quantize_blocks
-
-        for name, tensor in self.named.items():
-            quantized = self.fp8 and len(list(stored_as(name, tensor.dtype, tuple(tensor.shape), "fp8"))) == 2
-            yield name, quantize_blocks(tensor).dequantize() if quantized else tensor
-
     def logprobs(self) -> list:
         """Of the probe, float32 arithmetic on the weights as they are now."""
-        import numpy as np
+        return decoder_logprobs(self.decoder, meant(self.named.items(), self.fp8), self.probe)
 
-        self.decoder.load(self.meant())
-        sequences = [np.asarray(s) for s in self.probe]
-        chosen = self.decoder.logits(sequences).float().log_softmax(-1)
-        out, start = [], 0
-        for sequence in sequences:
-            rows = chosen[start : start + len(sequence) - 1]
-            targets = torch.from_numpy(sequence[1:]).to(rows.device)
-            picked = rows.gather(1, targets[:, None])[:, 0].cpu().numpy()
-            out.append(np.concatenate([np.zeros(1, np.float32), picked]))
-            start += len(sequence)
-        self.decoder.release()
-        return out
+
+def meant(weights: Iterable[tuple[str, torch.Tensor]], fp8: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights as the engine is to compute with them, by torch's plain operations."""
+    from trainer.model.hf import stored_as
+    from trainer.precision.quantize import quantize_blocks
+
+    for name, tensor in weights:
+        quantized = fp8 and len(list(stored_as(name, tensor.dtype, tuple(tensor.shape), "fp8"))) == 2
+        yield name, quantize_blocks(tensor).dequantize() if quantized else tensor
+
+
+def decoder_logprobs(decoder: Any, weights: Iterable[tuple[str, torch.Tensor]], probe: list) -> list:
+    import numpy as np
+
+    decoder.load(weights)
+    sequences = [np.asarray(s) for s in probe]
+    chosen = decoder.logits(sequences).float().log_softmax(-1)
+    out, start = [], 0
+    for sequence in sequences:
+        rows = chosen[start : start + len(sequence) - 1]
+        targets = torch.from_numpy(sequence[1:]).to(rows.device)
+        picked = rows.gather(1, targets[:, None])[:, 0].cpu().numpy()
+        out.append(np.concatenate([np.zeros(1, np.float32), picked]))
+        start += len(sequence)
+    decoder.release()
+    return out
 
 
 def sync(trainer: TrainerSide, engine: Engine, transport: Any, version: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 REPEATS = 5
-START_S = 150  # the engine's start may take so long
+START_S = 150 if torch.cuda.is_available() else 600  # the engine's start may take so long
 
 
 def engine_main(pipe, folder: str, options: dict[str, Any], environment: dict[str, str]) -> None:
@@ -77,6 +77,13 @@ def receiver(state: dict, handle: Any) -> Any:
 def call_checks(state: dict, on: bool) -> None:
     """Whether what arrives is compared with its fingerprints."""
     state["transport"].checks = on
+
+
+def call_timeout(state: dict, seconds: float) -> None:
+    """How long the engine waits for the trainer from now on."""
+    state["transport"].timeout_s = seconds
+    for group in getattr(state["transport"], "_groups", {}).values():
+        group.timeout_s = seconds
 
 
 def call_receive_only(state: dict, handle: Any) -> int:
