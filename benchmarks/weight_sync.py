@@ -276,7 +276,7 @@ def measure_parts(trainer: TrainerSide, engine: Engine, transport: Any, handle: 
         wrong = handle.manifest.entries[len(handle.manifest.entries) // 2]
         from dataclasses import replace
 
-        entries = [replace(e, fingerprint=e.fingerprint ^ 1) if e is wrong else e for e in handle.manifest.entries]
+        entries = [e._replace(fingerprint=e.fingerprint ^ 1) if e is wrong else e for e in handle.manifest.entries]
         _, named = engine("read_back", replace(handle.manifest, entries=tuple(entries)))
         say("a mismatch names the tensor", named == [wrong.name])
     with part("vLLM's load_weights"):

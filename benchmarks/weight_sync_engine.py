@@ -134,10 +134,8 @@ def call_copies(state: dict) -> str:
 
 def call_read_back(state: dict, manifest: Any = None) -> tuple[int, list[str]]:
     """Against a manifest, or that of what is held."""
-    from rollout.vllm_weights import differing
-
     manifest = manifest or state["manifest"]
-    return inside(state, lambda worker: differing(worker.rlzero_installer.plan, manifest.entries))
+    return inside(state, lambda worker: worker.rlzero_installer.differing(manifest))
 
 
 def call_fingerprints(state: dict) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_POLL_S = 0.0005
+_POLL_S = 0.00005
 
 
 class Group:
