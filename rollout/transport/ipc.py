@@ -34,7 +34,8 @@ class IpcTransport:
 
     `buffers` buffers of `bucket_bytes` each are taken on the first sync and kept (a tensor larger than that makes them
     as large as it). `payload` is the form that tensors are packed in; `timeout_s` is how long the trainer waits for an
-    engine before it gives up, and half of how long an engine waits; `engines` is how many of them take each `send` (0: this rank only gathers)."""
+    engine before it gives up, and half of how long an engine waits; `engines` is how many of them take each `send`
+    (0: this rank only gathers)."""
 
     def __init__(
         self,
