@@ -284,6 +284,30 @@ def refresh_derived(model: torch.nn.Module, dtype: torch.dtype) -> int:
     return len(derived)
 
 
+# Where quantized experts' kernels keep their scales, and the layer's parameter that they are.
+_EXPERT_SCALES = {"_w1": "w13_weight_scale_inv", "_w2": "w2_weight_scale_inv"}
+
+
+def expert_scales(model: torch.nn.Module) -> Iterator[tuple[Any, torch.nn.Parameter]]:
+    """What describes a quantized matrix of experts to its kernel, scales included, and the layer's own scales."""
+    for layer in model.modules():
+        described = getattr(getattr(layer, "quant_method", None), "moe_quant_config", None)
+        for part, name in _EXPERT_SCALES.items():
+            parameter = layer._parameters.get(name)
+            if described is not None and parameter is not None:
+                yield getattr(described, part), parameter
+
+
+def bind_scales(model: torch.nn.Module) -> None:
+    """Lets the experts' kernels read the layers' own scales. vLLM's reload puts new weights where the old ones were,
+    but leaves the kernels with scales of their own: no update but the next reload would reach them."""
+    for described, parameter in expert_scales(model):
+        scale = described.scale
+        if not isinstance(scale, Tensor) or (scale.shape, scale.dtype) != (parameter.shape, parameter.dtype):
+            raise CannotPlan("the kernels of its experts keep scales in a form of their own")
+        described.scale = parameter
+
+
 class Installer:
     """Brings updates into the model of one worker in this process. `direct` None: goes directly once the first update
     has shown that it is right; False: always vLLM's way."""
@@ -348,6 +372,7 @@ class Installer:
             plan = plan_copies(model.load_weights, self.shapes, dtypes)
         if left := unwritten(plan, model):
             raise CannotPlan(f"its loaders write nothing to {_few(left)}")
+        bind_scales(model)
         return plan
 
 

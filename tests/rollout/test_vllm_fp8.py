@@ -41,6 +41,11 @@ def test_absorbed_projections_stay_at_their_addresses(found):
     assert found["moved"] == 0
 
 
+def test_the_experts_kernels_read_the_scales_that_updates_write(found):
+    """vLLM's reload leaves them with others, which reading the layer's own back would not notice."""
+    assert found["kernels' scales"] == [True, True]
+
+
 def test_a_scale_that_is_wrong_in_the_engine_is_named(found):
     assert found["wrong"] == ["model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"]
 

@@ -19,7 +19,7 @@ import torch
 
 from rollout.expected_weights import ExpectedWeights
 from rollout.transport.ipc import IpcTransport
-from rollout.vllm_weights import Installer, derived_weights
+from rollout.vllm_weights import Installer, derived_weights, expert_scales
 from trainer.model.config import FP8_BLOCKS, V3Config
 from trainer.model.hf import named_checkpoint_tensors, save_folder
 from trainer.model.v3 import V3Model
@@ -126,6 +126,8 @@ def updated(policy: V3Model, folder: Path, runner: Runner) -> dict:
             found["apart"].append(float(apart / w.abs().max()))
     now = [tensor for _, tensors in derived_weights(runner.model) for tensor in tensors.values()]
     found["moved"] = sum(a.data_ptr() != b.data_ptr() for a, b in zip(held, now, strict=True))
+    scales = [(described.scale, parameter) for described, parameter in expert_scales(runner.model)]
+    found["kernels' scales"] = [kernel.data_ptr() == parameter.data_ptr() for kernel, parameter in scales]
     # One scale is damaged where the engine keeps it.
     (copy,) = installer.plan["model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"]
     copy.target.mul_(2.0)
