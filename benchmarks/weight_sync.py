@@ -1,16 +1,18 @@
 """Seconds of a weight sync from a trainer into a running vLLM engine, all told and in parts, beside vLLM's own ways.
 
-    python benchmarks/weight_sync.py [--json FILE] [--gpus 1|2] [--tiny] [--cycles 50]
+    python benchmarks/weight_sync.py [--json FILE] [--gpus 1|2] [--fp8] [--tiny] [--cycles 50]
 
 Two processes: this one holds a DeepSeek-V3-architecture model of 728 M parameters (1.46 GB in BF16) as a trainer would,
 the other one a vLLM engine with the same architecture. With one GPU both share it and weights go through CUDA IPC; with
-two each has its own and they go through NCCL, printed beside the plain broadcast of as many bytes. Before every sync
-each weight is perturbed anew; after it the engine's log-probabilities on a probe are compared with those of this
-project's float32 torch decoder, for all weights together and for each kind of weight alone, beside the distance from
-the weights before. `--tiny` is a small model, for a try on a CPU.
+two each has its own and they go through NCCL, printed beside the plain broadcast of as many bytes, with and without
+fingerprints. Before every sync each weight is perturbed anew; after it the engine's log-probabilities on a probe are
+compared with those of this project's float32 torch decoder, for all weights together and for each kind of weight
+alone, beside the distance from the weights before. `--fp8` sends block-FP8 to an engine that was started without
+weights; the decoder then computes with the dequantized ones. `--tiny` is a small model, for a try on a CPU.
 
 A sync "all told" runs from the call of `publish` until the engine has answered that it holds the weights: packing,
-fingerprints on both sides, transfer, installation, and every tensor read back from the engine's memory.
+fingerprints on both sides, transfer, installation, and every tensor read back from the engine's memory. "Streamed" is
+the same through `offer` and `send`, which read the weights once.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import torch.multiprocessing as multiprocessing
 
-REPEATS = 5
-START_S = 150  # the engine's start may take so long
+from benchmarks.weight_sync_engine import REPEATS, Engine, synchronize
+
 FAMILIES = {
     "attention": r"self_attn\..*proj",
     "dense": r"layers\.0\.mlp",
@@ -89,212 +90,17 @@ def model_config(tiny: bool):
     )  # fmt: skip
 
 
-# ---- the engine's process ----
-
-
-def engine_main(pipe, folder: str, options: dict[str, Any], environment: dict[str, str]) -> None:
-    """Starts vLLM, then answers (function name, arguments) with what the function returns and how long it took."""
-    os.environ.update(environment)
-    try:
-        import rollout.vllm_engine as vllm_engine
-
-        engine = vllm_engine.VLLMEngine(folder, **options)
-        state = {"engine": engine, "transport": None, "held": None}
-        pipe.send(("ok", None, 0.0))
-    except BaseException:
-        pipe.send(("error", traceback.format_exc(), 0.0))
-        return
-    while (message := pipe.recv()) is not None:
-        name, *arguments = message
-        began_s = time.perf_counter()
-        try:
-            answer = ("ok", ENGINE_CALLS[name](state, *arguments))
-        except BaseException:
-            answer = ("error", traceback.format_exc())
-        pipe.send((*answer, time.perf_counter() - began_s))
-    engine.close()
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def inside(state: dict, function: Callable) -> Any:
-    """`function(worker)` where vLLM's model is."""
-    (answer,) = state["engine"]._vllm.engine_core.collective_rpc(function)
-    return answer
-
-
-def call_sync(state: dict, handle: Any, version: int) -> dict[str, Any]:
-    incoming = receiver(state, handle).receive(handle)
-    try:
-        state["engine"].update(incoming, version)
-    finally:
-        incoming.close()
-    synchronize()
-    installed = state["engine"].installed
-    return {"way": installed.way, "tensors": installed.tensors, "verified": installed.verified}
-
-
-def receiver(state: dict, handle: Any) -> Any:
-    if state["transport"] is None:
-        from rollout.transport.ipc import IpcTransport, Published
-
-        if isinstance(handle, Published):
-            state["transport"] = IpcTransport()
-        else:
-            from rollout.transport.nccl import NcclTransport
-
-            state["transport"] = NcclTransport(1)
-    return state["transport"]
-
-
-def call_receive_only(state: dict, handle: Any) -> int:
-    """Transfer and its verification without installing."""
-    count = sum(1 for _ in receiver(state, handle).receive(handle))
-    synchronize()
-    return count
-
-
-def call_plain_broadcast(state: dict, nbytes: int) -> None:
-    state["transport"].plain_broadcast(nbytes, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def call_hold(state: dict, handle: Any) -> int:
-    """Keeps a copy of the published weights for the calls below."""
-    state["held"] = [(name, tensor.clone()) for name, tensor in receiver(state, handle).receive(handle)]
-    synchronize()
-    return len(state["held"])
-
-
-def call_vllm_reload(state: dict) -> None:
-    def reload(worker):
-        worker.model_runner.reload_weights(weights_iterator=iter(state["held"]))
-
-    inside(state, reload)
-    synchronize()
-
-
-def call_vllm_load(state: dict) -> None:
-    inside(state, lambda worker: worker.model_runner.get_model().load_weights(iter(state["held"])) and None)
-    synchronize()
-
-
-def call_copies(state: dict) -> str:
-    """Our installation alone."""
-    from rollout.vllm_weights import copy_weights, refresh_derived
-
-    def copies(worker):
-        copy_weights(worker.rlzero_installer.plan, state["held"])
-        return refresh_derived(worker.model_runner.get_model(), worker.model_runner.model_config.dtype)
-
-    refreshed = inside(state, copies)
-    synchronize()
-    return f"{refreshed} layers derived anew"
-
-
-def call_read_back(state: dict, manifest: Any) -> tuple[int, list[str]]:
-    from rollout.vllm_weights import differing
-
-    return inside(state, lambda worker: differing(worker.rlzero_installer.plan, manifest.entries))
-
-
-def call_fingerprints(state: dict) -> int:
-    from rollout.transport.fingerprint import fingerprints
-
-    return len(fingerprints([tensor for _, tensor in state["held"]]))
-
-
-def call_score(state: dict, sequences: list[list[int]]) -> list:
-    return state["engine"].score(sequences)
-
-
-def call_write(state: dict, count: int, tokens: int, prompt: list[int]) -> int:
-    from rollout.engine import Request, Sampling, generate
-
-    sampling = Sampling(tokens, ignore_eos=True)
-    rollouts = generate(state["engine"], [Request(f"p{i}", 0, tuple(prompt), sampling) for i in range(count)])
-    return sum(len(r.tokens) for r in rollouts)
-
-
-def call_sleep(state: dict, level: int) -> float:
-    state["engine"].sleep_level = level
-    state["engine"].sleep()
-    return torch.cuda.mem_get_info()[0] / 1e9
-
-
-def call_wake(state: dict) -> float:
-    state["engine"].wake()
-    return torch.cuda.mem_get_info()[0] / 1e9
-
-
-def call_info(state: dict) -> dict[str, Any]:
-    import vllm
-
-    installer = inside(state, lambda worker: getattr(worker, "rlzero_installer", None))
-    return {"vllm": vllm.__version__, "torch": torch.__version__, "direct": installer and installer.direct}
-
-
-ENGINE_CALLS = {name.removeprefix("call_"): function for name, function in globals().items() if name[:5] == "call_"}
-
-
-class Engine:
-    """The other end of the pipe. Every call has a deadline."""
-
-    def __init__(self, folder: str, options: dict[str, Any], environment: dict[str, str]):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=engine_main, args=(there, folder, options, environment), daemon=True)
-        self.process.start()
-        try:
-            self._answer("start", START_S)
-        except BaseException:
-            self.process.kill()
-            raise
-
-    def __call__(self, name: str, *arguments: Any, deadline_s: float = 60) -> Any:
-        self.pipe.send((name, *arguments))
-        return self._answer(name, deadline_s)
-
-    def timed(self, name: str, *arguments: Any) -> float:
-        """Seconds inside the engine's process, the least of several."""
-        times_s = []
-        for _ in range(REPEATS):
-            self(name, *arguments)
-            times_s.append(self.took_s)
-        return min(times_s)
-
-    def _answer(self, name: str, deadline_s: float) -> Any:
-        if not self.pipe.poll(deadline_s):
-            raise TimeoutError(f"the engine did not answer '{name}' within {deadline_s} s")
-        kind, content, self.took_s = self.pipe.recv()
-        if kind == "error":
-            raise RuntimeError(f"'{name}' failed in the engine's process:\n{content}")
-        return content
-
-    def close(self) -> None:
-        if self.process.is_alive():
-            try:
-                self.pipe.send(None)
-            except OSError:
-                pass
-        self.process.join(15)
-        if self.process.is_alive():
-            self.process.kill()
-
-
 # ---- the trainer's side ----
 
 
 class TrainerSide:
     """The policy's live weights on the trainer's device, and what float32 says about them."""
 
-    def __init__(self, tiny: bool, device: str, folder: Path):
+    def __init__(self, tiny: bool, device: str, folder: Path, fp8: bool = False):
         from trainer.model.hf import named_checkpoint_tensors, save_folder
         from trainer.model.v3 import V3Model
 
-        self.config, self.device = model_config(tiny), device
+        self.config, self.device, self.fp8 = model_config(tiny), device, fp8
         with torch.device(device):
             self.model = V3Model(self.config).to(torch.bfloat16)
         self.generator = torch.Generator(device).manual_seed(0)
@@ -305,7 +111,12 @@ class TrainerSide:
             else:
                 tensor.normal_(0.0, self.config.initializer_range, generator=self.generator)
         self.parameters = sum(tensor.numel() for tensor in self.named.values())
-        self.nbytes = sum(tensor.nbytes for tensor in self.named.values())
+        from rollout.transport.base import layout_of
+        from rollout.transport.buckets import nbytes
+        from rollout.transport.payload import travelling
+
+        self.layout = layout_of(self.named.items())
+        self.nbytes = sum(map(nbytes, travelling(self.layout, "fp8" if fp8 else None)))
         save_folder(self.model, folder)
         from rollout.decode_v3 import V3Decoder
         from rollout.probe import probe_sequences
@@ -323,20 +134,34 @@ class TrainerSide:
 
     def logprobs(self) -> list:
         """Of the probe, float32 arithmetic on the weights as they are now."""
-        import numpy as np
+        return decoder_logprobs(self.decoder, meant(self.named.items(), self.fp8), self.probe)
 
-        self.decoder.load(self.named.items())
-        sequences = [np.asarray(s) for s in self.probe]
-        chosen = self.decoder.logits(sequences).float().log_softmax(-1)
-        out, start = [], 0
-        for sequence in sequences:
-            rows = chosen[start : start + len(sequence) - 1]
-            targets = torch.from_numpy(sequence[1:]).to(rows.device)
-            picked = rows.gather(1, targets[:, None])[:, 0].cpu().numpy()
-            out.append(np.concatenate([np.zeros(1, np.float32), picked]))
-            start += len(sequence)
-        self.decoder.release()
-        return out
+
+def meant(weights: Iterable[tuple[str, torch.Tensor]], fp8: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights as the engine is to compute with them, by torch's plain operations."""
+    from trainer.model.hf import stored_as
+    from trainer.precision.quantize import quantize_blocks
+
+    for name, tensor in weights:
+        quantized = fp8 and len(list(stored_as(name, tensor.dtype, tuple(tensor.shape), "fp8"))) == 2
+        yield name, quantize_blocks(tensor).dequantize() if quantized else tensor
+
+
+def decoder_logprobs(decoder: Any, weights: Iterable[tuple[str, torch.Tensor]], probe: list) -> list:
+    import numpy as np
+
+    decoder.load(weights)
+    sequences = [np.asarray(s) for s in probe]
+    chosen = decoder.logits(sequences).float().log_softmax(-1)
+    out, start = [], 0
+    for sequence in sequences:
+        rows = chosen[start : start + len(sequence) - 1]
+        targets = torch.from_numpy(sequence[1:]).to(rows.device)
+        picked = rows.gather(1, targets[:, None])[:, 0].cpu().numpy()
+        out.append(np.concatenate([np.zeros(1, np.float32), picked]))
+        start += len(sequence)
+    decoder.release()
+    return out
 
 
 def sync(trainer: TrainerSide, engine: Engine, transport: Any, version: int) -> dict[str, Any]:
@@ -357,12 +182,39 @@ def sync(trainer: TrainerSide, engine: Engine, transport: Any, version: int) -> 
     }
 
 
+def streamed_sync(trainer: TrainerSide, engine: Engine, transport: Any, version: int) -> float:
+    """Seconds all told of one sync that reads the weights once."""
+    synchronize()
+    began_s = time.perf_counter()
+    handle = transport.offer(trainer.layout, version, device=torch.device(trainer.device))
+    engine.ask("sync", handle, version)
+    transport.send(trainer.named.items())
+    engine.answer("sync", 60)
+    return time.perf_counter() - began_s
+
+
+def measure_streamed(trainer: TrainerSide, engine: Engine, transport: Any) -> None:
+    times_s = []
+    for version in range(50, 50 + REPEATS + 1):
+        trainer.perturb("norm")
+        times_s.append(streamed_sync(trainer, engine, transport, version))
+    say(f"streamed sync, all told, least of {REPEATS}", min(times_s[1:]), "s")
+    say(f"streamed sync, all told, median of {REPEATS}", statistics.median(times_s[1:]), "s")
+
+
 def measure_syncs(trainer: TrainerSide, engine: Engine, transport: Any) -> Any:
     """Three perturbed syncs with the probe after each, then several for the clock. Returns the last handle."""
     from rollout.probe import gap
 
     stale = trainer.logprobs()
-    say("gap before any sync", gap(engine("score", trainer.probe), stale)["mean_abs"], "nats")
+    if trainer.fp8:
+        try:
+            engine("score", trainer.probe)
+            say("the engine answers nothing before its first weights", False)
+        except RuntimeError as error:
+            say("the engine answers nothing before its first weights", "without weights" in str(error))
+    else:
+        say("gap before any sync", gap(engine("score", trainer.probe), stale)["mean_abs"], "nats")
     for version in (1, 2, 3):
         trainer.perturb()
         fresh = trainer.logprobs()
@@ -400,7 +252,10 @@ def measure_families(trainer: TrainerSide, engine: Engine, transport: Any) -> No
 
 def measure_parts(trainer: TrainerSide, engine: Engine, transport: Any, handle: Any) -> None:
     with part("receive only"):
-        say("engine: receive and verify, not installed", engine.timed("receive_only", handle), "s")
+        for checks in (False, True):
+            engine("checks", checks)
+            how = "with fingerprints compared" if checks else "without fingerprints"
+            say(f"engine: receive {how}, not installed", engine.timed("receive_only", handle), "s")
     with part("installation"):
         engine("hold", handle)
         say("engine: our copies", engine.timed("copies"), "s")
@@ -421,7 +276,7 @@ def measure_parts(trainer: TrainerSide, engine: Engine, transport: Any, handle: 
         wrong = handle.manifest.entries[len(handle.manifest.entries) // 2]
         from dataclasses import replace
 
-        entries = [replace(e, fingerprint=e.fingerprint ^ 1) if e is wrong else e for e in handle.manifest.entries]
+        entries = [e._replace(fingerprint=e.fingerprint ^ 1) if e is wrong else e for e in handle.manifest.entries]
         _, named = engine("read_back", replace(handle.manifest, entries=tuple(entries)))
         say("a mismatch names the tensor", named == [wrong.name])
     with part("vLLM's load_weights"):
@@ -459,39 +314,69 @@ def measure_sleep(trainer: TrainerSide, engine: Engine, transport: Any, cycles: 
         say(f"sleep level {level}, gap after", gap(scores, trainer.logprobs())["mean_abs"], "nats")
 
 
-def measure_plain_broadcast(trainer: TrainerSide, engine: Engine, transport: Any) -> None:
+def measure_quantizer(trainer: TrainerSide, engine: Engine, handle: Any) -> None:
+    """What the engine was sent, beside torch's plain operations."""
+    from rollout.transport.base import fingerprints
+    from trainer.precision.quantize import quantize_blocks
+
+    entries = {entry.name: entry.fingerprint for entry in handle.manifest.entries}
+    wrong, count = [], 0
+    for name, tensor in trainer.named.items():
+        if name + "_scale_inv" in entries:
+            q = quantize_blocks(tensor)
+            count += 1
+            if fingerprints([q.values, q.scales]) != [entries[name], entries[name + "_scale_inv"]]:
+                wrong.append(name)
+    say("quantized weights that are not what torch's operations make", f"{len(wrong)} of {count}, {wrong[:3]}")
+
+
+def measure_receiving(trainer: TrainerSide, engine: Engine, transport: Any, wait: bool) -> float:
+    """Seconds in the engine of the least of several receptions with nothing installed."""
     times_s = []
-    transport.wait()
-    for _ in range(REPEATS + 1):
-        synchronize()
-        began_s = time.perf_counter()
-        engine.pipe.send(("plain_broadcast", trainer.nbytes))
-        transport.plain_broadcast(trainer.nbytes, torch.device(trainer.device))
-        times_s.append(time.perf_counter() - began_s)
-        engine._answer("plain_broadcast", 60)
-    say("NCCL: plain broadcast of as many bytes", min(times_s), "s")
+    for version in range(200, 200 + REPEATS + 1):
+        handle = transport.publish(trainer.named.items(), version)
+        engine("receive_only", handle)
+        if wait:
+            transport.wait()
+        times_s.append(engine.took_s)
+    return min(times_s)
 
 
 def measure_transfer(trainer: TrainerSide, engine: Engine, transport: Any) -> None:
-    """The broadcast of the buckets with its verification, nothing installed."""
+    """The broadcast of the buckets, nothing installed, beside a plain one."""
+    found = {}
+    for checks in (False, True):
+        transport.checks = checks
+        engine("checks", checks)
+        found[checks] = measure_receiving(trainer, engine, transport, wait=True)
     times_s = []
-    for version in range(200, 200 + REPEATS):
-        handle = transport.publish(trainer.named.items(), version)
-        engine("receive_only", handle)
-        transport.wait()
-        times_s.append(engine.took_s)
-    say("engine: receive and verify, not installed", min(times_s), "s")
+    for _ in range(2 * REPEATS):
+        synchronize()
+        began_s = time.perf_counter()
+        engine.ask("plain_broadcast", trainer.nbytes)
+        transport.plain_broadcast(trainer.nbytes, torch.device(trainer.device))
+        times_s.append(time.perf_counter() - began_s)
+        engine.answer("plain_broadcast", 60)
+    plain_s = min(times_s)
+    say("NCCL: plain broadcast of as many bytes", plain_s, "s")
+    say("engine: receive without fingerprints, not installed", found[False], "s")
+    say("engine: receive with fingerprints compared, not installed", found[True], "s")
+    ratios = f"{found[False] / plain_s:.3g} and {found[True] / plain_s:.3g}"
+    say("receive / plain broadcast, without and with fingerprints", ratios)
+    say("transfer, target met (at most 1.5 x the plain broadcast)", found[True] <= 1.5 * plain_s)
     handle = transport.publish(trainer.named.items(), 300)
     engine("hold", handle)
     transport.wait()
     say("engine: our copies (installation alone)", engine.timed("copies"), "s")
-    say("engine: every tensor read back", engine.timed("read_back", handle.manifest), "s")
+    say("engine: every tensor read back", engine.timed("read_back"), "s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--gpus", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--fp8", action="store_true", help="block-FP8 into an engine that holds it")
+    parser.add_argument("--deep-gemm", action="store_true", help="vLLM's DeepGEMM for FP8 (else CUTLASS, Triton)")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--cycles", type=int, default=50, help="turns of sleep, wake and sync (GPU)")
     parser.add_argument("--bucket-mb", type=int, default=256)
@@ -503,6 +388,8 @@ def main() -> None:
     device = "cuda:0" if on_gpu else "cpu"
     environment = {"VLLM_DEEP_GEMM_WARMUP": "skip", "VLLM_USE_FLASHINFER_SAMPLER": "0", "NCCL_NVLS_ENABLE": "0"}
     os.environ["NCCL_NVLS_ENABLE"] = "0"
+    environment["VLLM_USE_DEEP_GEMM"] = str(int(arguments.deep_gemm))
+    payload: Any = "fp8" if arguments.fp8 else None
     if arguments.gpus == 2:
         environment["CUDA_VISIBLE_DEVICES"] = "1"
     kv_bytes = 4 << 30 if on_gpu else 16 << 20
@@ -513,17 +400,19 @@ def main() -> None:
     }
     if on_gpu:
         options["engine_args"]["gpu_memory_utilization"] = 0.3
+    if arguments.fp8:
+        options["engine_args"]["quantization"] = "fp8"
     engine = None
     with tempfile.TemporaryDirectory(prefix="rlzero-weight-sync-") as folder:
         trainer = None
         with part("trainer's model"):
-            trainer = TrainerSide(arguments.tiny, device, Path(folder))
+            trainer = TrainerSide(arguments.tiny, device, Path(folder), arguments.fp8)
             say("model", f"{trainer.parameters / 1e6:.1f} M parameters in {len(trainer.named)} tensors")
-            say("model bytes", trainer.nbytes / 1e9, "GB")
+            say("bytes that travel", trainer.nbytes / 1e9, "GB")
         for level in (1, 0) if on_gpu and arguments.gpus == 1 else (0,):
             with part(f"engine start, sleep mode {'on' if level else 'off'}"):
                 began_s = time.perf_counter()
-                engine = Engine(folder, options | {"sleep_level": level}, environment)
+                engine = Engine(folder, options | {"sleep_level": level}, environment).ready()
                 say("engine start", time.perf_counter() - began_s, "s")
                 break
         if trainer is None or engine is None:
@@ -532,11 +421,11 @@ def main() -> None:
             if arguments.gpus == 2:
                 from rollout.transport.nccl import NcclTransport
 
-                transport: Any = NcclTransport(1, arguments.bucket_mb << 20)
+                transport: Any = NcclTransport(1, arguments.bucket_mb << 20, payload)
             else:
                 from rollout.transport.ipc import IpcTransport
 
-                transport = IpcTransport(arguments.bucket_mb << 20, arguments.buffers)
+                transport = IpcTransport(arguments.bucket_mb << 20, arguments.buffers, payload)
             handle = None
             with part("engine"):
                 say("engine", engine("info"))
@@ -544,11 +433,14 @@ def main() -> None:
                 handle = measure_syncs(trainer, engine, transport)
             if handle is None:
                 return
+            if arguments.fp8 and arguments.gpus == 1:
+                with part("quantizer"):
+                    measure_quantizer(trainer, engine, handle)
+            with part("streamed syncs"):
+                measure_streamed(trainer, engine, transport)
             if arguments.gpus == 2:
                 with part("transfer"):
                     measure_transfer(trainer, engine, transport)
-                with part("plain broadcast"):
-                    measure_plain_broadcast(trainer, engine, transport)
             with part("kinds of weights"):
                 measure_families(trainer, engine, transport)
             with part("generation after all that"):

@@ -17,7 +17,7 @@ Marlin, FlashInfer's and AITER's experts repack: they stay with `reload_weights`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.transport.base import CorruptWeights, Entry, Manifest
 from rollout.transport.disk import DiskTransport
-from rollout.transport.fingerprint import fingerprints
+from rollout.transport.fingerprint import Reading, fingerprints
 from rollout.vllm_draft import draft_model, kept_for_draft, reload_draft
 from rollout.vllm_serving import reset_expert_placement
 
@@ -147,10 +147,10 @@ def checkpoint_form(model: torch.nn.Module) -> Iterator[None]:
 
 
 def unwritten(plan: Mapping[str, list[Copy]], model: torch.nn.Module) -> list[str]:
-    """Parameters of the model that no copy of the plan writes to."""
+    """Parameters of the model that no copy of the plan writes to; derived ones are computed."""
     written = {copy.target.untyped_storage().data_ptr() for copies in plan.values() for copy in copies}
-    parameters = ((name, p) for name, p in model.named_parameters() if p.numel())
-    return [name for name, p in parameters if p.untyped_storage().data_ptr() not in written]
+    parameters = [(n, p) for n, p in model.named_parameters() if p.numel() and n.rpartition(".")[2] not in _DERIVED]
+    return [name for name, parameter in parameters if parameter.untyped_storage().data_ptr() not in written]
 
 
 @torch.no_grad()
@@ -163,32 +163,58 @@ def copy_weights(plan: Mapping[str, list[Copy]], weights: Weights) -> None:
             copy.target.copy_(copy.part(tensor), non_blocking=True)
 
 
-@torch.no_grad()
-def read_back(plan: Mapping[str, list[Copy]], entries: Iterable[Entry]) -> Iterator[tuple[Entry, Tensor]]:
-    """The engine's own tensors in the checkpoint's form and dtype, with what was published for each. Left out are
-    tensors that the engine does not hold as a whole. A dtype that holds more than the published one loses nothing on
-    the way back."""
-    for entry in entries:
-        copies, dtype = plan.get(entry.name, ()), getattr(torch, entry.dtype)
+class ReadBack:
+    """The engine's own tensors in the checkpoint's form and dtype. Left out are those that it does not hold as a whole.
+    A dtype that holds more than the published one loses nothing on the way back. What lies in the engine as it was
+    published is read in place, and where that is, is found once."""
+
+    def __init__(self, plan: Mapping[str, list[Copy]], entries: Sequence[Entry]):
+        self.plan, self.lines = plan, [entry[:3] for entry in entries]
+        in_place: list[tuple[int, Tensor]] = []
+        self._others: list[int] = []
+        for number, entry in enumerate(entries):
+            dtype, copies = getattr(torch, entry.dtype), plan.get(entry.name, ())
+            wholes = [copy.target for copy in copies if copy.whole]  # several where experts are held more than once
+            if wholes and all(target.dtype == dtype and target.is_contiguous() for target in wholes):
+                in_place += [(number, target) for target in wholes]
+            elif copies:
+                self._others.append(number)
+        self._numbers = [number for number, _ in in_place]
+        self._reading = Reading([target for _, target in in_place])
+
+    @torch.no_grad()
+    def fingerprints(self) -> list[tuple[int, int]]:
+        """(place among the entries, fingerprint of what the engine holds)."""
+        pairs = [(number, tensor) for number in self._others for tensor in self._turned(*self.lines[number])]
+        found = zip((n for n, _ in pairs), fingerprints([tensor for _, tensor in pairs]), strict=True)
+        held = [number % (1 << 64) for number in self._reading().tolist()]
+        return [*found, *zip(self._numbers, held, strict=True)]
+
+    def differing(self, entries: Sequence[Entry]) -> tuple[int, list[str]]:
+        """As the function of this name; `entries` are those that this was made for, with other fingerprints."""
+        found = self.fingerprints()
+        wrong = [entries[at].name for at, number in sorted(found) if number != entries[at].fingerprint]
+        return len({at for at, _ in found}), list(dict.fromkeys(wrong))
+
+    def _turned(self, name: str, shape: tuple[int, ...], dtype_name: str) -> Iterator[Tensor]:
+        """A tensor that the engine holds in another dtype or in parts."""
+        copies, dtype = self.plan[name], getattr(torch, dtype_name)
         wholes = [copy for copy in copies if copy.whole]
-        for copy in wholes:  # several where experts are held more than once
-            yield entry, copy.target.to(dtype)
-        if copies and not wholes:
-            covered = torch.zeros(entry.shape, dtype=torch.bool)
-            tensor = torch.empty(entry.shape, dtype=dtype, device=copies[0].target.device)
+        for copy in wholes:
+            yield copy.target.to(dtype)
+        if not wholes:
+            covered = torch.zeros(shape, dtype=torch.bool)
+            tensor = torch.empty(shape, dtype=dtype, device=copies[0].target.device)
             for copy in copies:
                 copy.part(covered).fill_(True)
                 copy.part(tensor).copy_(copy.target)
             if covered.all():
-                yield entry, tensor
+                yield tensor
 
 
-def differing(plan: Mapping[str, list[Copy]], entries: Iterable[Entry]) -> tuple[int, list[str]]:
+def differing(plan: Mapping[str, list[Copy]], entries: Sequence[Entry]) -> tuple[int, list[str]]:
     """How many tensors could be read back, and the names of those that are not what was published."""
-    pairs = list(read_back(plan, entries))
-    numbers = fingerprints([tensor for _, tensor in pairs])
-    wrong = [entry.name for (entry, _), number in zip(pairs, numbers, strict=True) if number != entry.fingerprint]
-    return len({entry.name for entry, _ in pairs}), list(dict.fromkeys(wrong))
+    return ReadBack(plan, entries).differing(entries)
 
 
 def reload(worker: Any, source: Weights | str) -> None:
@@ -267,6 +293,30 @@ def refresh_derived(model: torch.nn.Module, dtype: torch.dtype) -> int:
     return len(derived)
 
 
+# Where quantized experts' kernels keep their scales, and the layer's parameter that they are.
+_EXPERT_SCALES = {"_w1": "w13_weight_scale_inv", "_w2": "w2_weight_scale_inv"}
+
+
+def expert_scales(model: torch.nn.Module) -> Iterator[tuple[Any, torch.nn.Parameter]]:
+    """What describes a quantized matrix of experts to its kernel, scales included, and the layer's own scales."""
+    for layer in model.modules():
+        described = getattr(getattr(layer, "quant_method", None), "moe_quant_config", None)
+        for part, name in _EXPERT_SCALES.items():
+            parameter = layer._parameters.get(name)
+            if described is not None and parameter is not None:
+                yield getattr(described, part), parameter
+
+
+def bind_scales(model: torch.nn.Module) -> None:
+    """Lets the experts' kernels read the layers' own scales. vLLM's reload puts new weights where the old ones were,
+    but leaves the kernels with scales of their own: no update but the next reload would reach them."""
+    for described, parameter in expert_scales(model):
+        scale = described.scale
+        if not isinstance(scale, Tensor) or (scale.shape, scale.dtype) != (parameter.shape, parameter.dtype):
+            raise CannotPlan("the kernels of its experts keep scales in a form of their own")
+        described.scale = parameter
+
+
 class Installer:
     """Brings updates into the model of one worker in this process. `direct` None: goes directly once the first update
     has shown that it is right; False: always vLLM's way."""
@@ -275,6 +325,7 @@ class Installer:
         self.worker, self.shapes = worker, shapes
         self.direct = direct if worker.model_runner.device.type == "cuda" else False
         self.plan: dict[str, list[Copy]] = {}
+        self._read_back: ReadBack | None = None
 
     def install(self, weights: Weights, manifest: Manifest | None) -> Installed:
         """Installs a complete set. Raises CorruptWeights when the engine then holds something else than was
@@ -290,10 +341,17 @@ class Installer:
             reload(self.worker, counted)
             if self.direct is None and manifest is not None:
                 self._decide(manifest)
-        verified, wrong = differing(self.plan, manifest.entries if manifest else ()) if self.direct else (0, [])
+        verified, wrong = self.differing(manifest) if self.direct and manifest else (0, [])
         if wrong:
             raise CorruptWeights(f"after the update the engine holds other weights than were published: {_few(wrong)}")
         return Installed(way, counted.count, verified)
+
+    def differing(self, manifest: Manifest) -> tuple[int, list[str]]:
+        """See the function of this name."""
+        held = self._read_back
+        if held is None or held.plan is not self.plan or held.lines != [entry[:3] for entry in manifest.entries]:
+            self._read_back = held = ReadBack(self.plan, manifest.entries)
+        return held.differing(manifest.entries)
 
     def _models(self) -> list[torch.nn.Module]:
         """What the worker serves, and what drafts for it."""
@@ -313,7 +371,7 @@ class Installer:
         except CannotPlan as error:
             log.warning("weights go through vLLM's reload_weights, which is slower: %s", error)
             return
-        verified, other = differing(self.plan, manifest.entries)
+        verified, other = self.differing(manifest)
         placed = len({entry.name for entry in manifest.entries} & self.plan.keys())
         self.direct = not other and verified == placed
         if not self.direct:
@@ -331,6 +389,7 @@ class Installer:
             plan = plan_copies(model.load_weights, self.shapes, dtypes)
         if left := unwritten(plan, model):
             raise CannotPlan(f"its loaders write nothing to {_few(left)}")
+        bind_scales(model)
         return plan
 
 

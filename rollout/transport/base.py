@@ -7,8 +7,8 @@ what will come, and `send`, which brings it, with each bucket's fingerprints bes
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from rollout.transport.fingerprint import as_bytes, fingerprint, fingerprints
 __all__ = ["Checks", "CorruptWeights", "Entry", "Layout", "Manifest", "Received", "Transport", "as_bytes", "changed"]
 __all__ += ["describe", "describe_all", "fingerprint", "layout_of", "verify", "verify_all"]
 
+_NUMBERS = 1 << 64  # of which a fingerprint is one
 Layout = Sequence[tuple[str, Sequence[int], torch.dtype]]  # names, shapes and dtypes, in the order of the tensors
 
 
@@ -25,8 +26,7 @@ class CorruptWeights(ValueError):
     """A tensor is not what the manifest promised. The message names it."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor: `fingerprint` is `fingerprint(tensor)` where it was published, None until it is known."""
 
     name: str
@@ -43,7 +43,7 @@ class Manifest:
     entries: tuple[Entry, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": self.version, "entries": [asdict(e) for e in self.entries]}
+        return {"version": self.version, "entries": [entry._asdict() for entry in self.entries]}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Manifest:
@@ -123,7 +123,7 @@ def verify_all(entries: Sequence[Entry], tensors: Sequence[Tensor]) -> None:
 
 def _same(ours: Entry, theirs: Entry) -> None:
     if ours != theirs:
-        what = next(key for key, value in asdict(theirs).items() if asdict(ours)[key] != value)
+        what = next(key for key, our, their in zip(Entry._fields, ours, theirs, strict=True) if our != their)
         raise CorruptWeights(
             f"weights arrived damaged: {theirs.name} has {what} {getattr(ours, what)}, "
             f"published was {getattr(theirs, what)}. Publish the weights again."
@@ -155,12 +155,14 @@ class Checks:
         numbers = iter(torch.cat(on_gpu).tolist() if on_gpu else ())
         for entries, found, published in self._waiting:
             ours, theirs = (
-                [next(numbers) for _ in entries] if _on_gpu(n) else n.tolist() if isinstance(n, Tensor) else n
+                [next(numbers) for _ in entries] if _on_gpu(n) else n.tolist() if isinstance(n, Tensor) else list(n)
                 for n in (found, published)
             )
-            for entry, our, their in zip(entries, ours, theirs, strict=True):
-                self.entries.append(replace(entry, fingerprint=their % (1 << 64)))
-                _same(replace(entry, fingerprint=our % (1 << 64)), self.entries[-1])
+            compared = [Entry(e.name, e.shape, e.dtype, n % _NUMBERS) for e, n in zip(entries, theirs, strict=True)]
+            if [n % _NUMBERS for n in ours] != [entry.fingerprint for entry in compared]:
+                for entry, our in zip(compared, ours, strict=True):
+                    _same(entry._replace(fingerprint=our % _NUMBERS), entry)
+            self.entries += compared
         self._waiting = []
         return tuple(self.entries)
 

@@ -45,7 +45,7 @@ def buckets_of(entries: Sequence[Entry], bucket_bytes: int, owners: tuple[int, .
     """Entries in buckets, in order. A new one begins where the next tensor does not fit or has another owner; a tensor
     larger than `bucket_bytes` has a bucket to itself. Trainer and engine come to the same buckets, and sync after
     sync to the same objects."""
-    return _buckets_of(tuple((entry.name, entry.shape, entry.dtype) for entry in entries), bucket_bytes, owners)
+    return _buckets_of(tuple(entry[:3] for entry in entries), bucket_bytes, owners)
 
 
 @lru_cache(maxsize=8)

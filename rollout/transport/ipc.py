@@ -33,8 +33,9 @@ class IpcTransport:
     """`publish` or `send` on the trainer's device, `receive` in a process that sees the same device.
 
     `buffers` buffers of `bucket_bytes` each are taken on the first sync and kept (a tensor larger than that makes them
-    as large as it). `payload` is the form that tensors are packed in; `timeout_s` is how long either side waits for
-    the other before it gives up; `engines` is how many of them take each `send` (0: this rank only gathers)."""
+    as large as it). `payload` is the form that tensors are packed in; `timeout_s` is how long the trainer waits for an
+    engine before it gives up, and half of how long an engine waits; `engines` is how many of them take each `send`
+    (0: this rank only gathers)."""
 
     def __init__(
         self,
@@ -114,8 +115,9 @@ class IpcTransport:
             manifest.entries = checks.finish()
 
     def _expect(self, server: Connection, index: int) -> tuple[int, Any, list[int] | None]:
-        if not server.poll(self.timeout_s):
-            raise CorruptWeights(f"weights did not arrive: the trainer sent no bucket {index} for {self.timeout_s:g} s")
+        patience_s = 2 * self.timeout_s  # the trainer's rank may be waiting for another one, and that for its engine
+        if not server.poll(patience_s):
+            raise CorruptWeights(f"weights did not arrive: the trainer sent no bucket {index} for {patience_s:g} s")
         try:
             kind, *content = server.recv()
         except (EOFError, ConnectionError) as error:

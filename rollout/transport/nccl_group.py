@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_POLL_S = 0.0005
+_POLL_S = 0.00005
 
 
 class Group:
@@ -63,9 +63,9 @@ class Group:
         if absent:
             raise RuntimeError(f"{len(absent)} of {self._size - 1} engines did not come within {self.timeout_s:g} s")
         if self.backend == "nccl":
-            with _environment(NCCL_NVLS_ENABLE="0", TORCH_NCCL_ASYNC_ERROR_HANDLING="2"):
-                # No multicast: on shared hosts it can take their GPUs down. 2: a timeout ends the group, not the
-                # process; `finish` comes before it.
+            os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast on shared hosts can take their GPUs down
+            with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="2"):
+                # Read here: a timeout ends the group and not the process. `finish` comes before it.
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = timedelta(seconds=2 * self.timeout_s)
                 self._members = dist.ProcessGroupNCCL(self._store, self._rank, self._size, options)

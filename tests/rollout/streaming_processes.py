@@ -16,9 +16,6 @@ from rollout.transport.buckets import Window
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import NcclTransport
 from rollout.transport.payload import Payload
-from trainer.parallel import ParallelOptions, Ranks, Rendezvous
-from trainer.parallel_policy import ShardedV3Policy, load_sharded_policy
-from trainer.policy import PolicyOptions
 
 V3 = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 3,
@@ -26,7 +23,7 @@ V3 = {
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1,
     "max_position_embeddings": 64, "initializer_range": 0.1,
 }  # fmt: skip
-OPTIONS = PolicyOptions(init=V3, dtype="bfloat16")
+OPTIONS = {"init": V3, "dtype": "bfloat16"}  # of the policy
 SMALL = 16 << 10  # bytes a bucket: the weights take many
 
 
@@ -70,8 +67,10 @@ class TrainerRank:
     """One of two ranks over which the experts, or else all weights, are shared."""
 
     def __init__(self, rank: int, address: str, ep: int):
+        from trainer.parallel import ParallelOptions, Ranks, Rendezvous
+
         self.ranks = Ranks(ParallelOptions(dp=2, ep=ep), torch.device("cpu"), Rendezvous(rank, address))
-        self.policy: ShardedV3Policy | None = None
+        self.policy: Any = None
         self.transport: Any = None
 
     def use(self, kind: str, timeout_s: float, engines: int, payload: Payload = None) -> None:
@@ -83,7 +82,10 @@ class TrainerRank:
 
     def offer(self, version: int) -> Any:
         """Weights drawn anew for each version."""
-        self.policy = load_sharded_policy(OPTIONS, self.ranks, seed=version)
+        from trainer.parallel_policy import load_sharded_policy
+        from trainer.policy import PolicyOptions
+
+        self.policy = load_sharded_policy(PolicyOptions(**OPTIONS), self.ranks, seed=version)
         layout = self.policy.layout()
         if isinstance(self.transport, IpcTransport):
             return self.transport.offer(layout, version)

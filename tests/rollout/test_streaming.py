@@ -16,10 +16,11 @@ from streaming_processes import OPTIONS, EngineEnd, Process, TrainerRank
 from rollout.transport.base import fingerprint
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import merged
-from trainer.policy import load_policy
+from trainer.policy import PolicyOptions, load_policy
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 TIMEOUT_S = 6.0
+START_S = 240.0  # of a process, on a machine that is busy
 
 
 class World:
@@ -38,12 +39,12 @@ class World:
     def use(self, payload) -> None:
         for rank in self.ranks:
             rank.call("use", self.kind, TIMEOUT_S, 1 if self.kind == "ipc" else 2, payload)
-        assert [rank.answer(120) for rank in self.ranks] == [None, None]
+        assert [rank.answer(START_S) for rank in self.ranks] == [None, None]
 
     def await_engines(self) -> None:
         for engine in self.engines:
             engine.call("is_up")
-        assert [engine.answer(120) for engine in self.engines] == [True, True]
+        assert [engine.answer(START_S) for engine in self.engines] == [True, True]
 
     def restart(self, index: int) -> None:
         self.engines[index].close()
@@ -68,7 +69,7 @@ class World:
         return [rank.answer() for rank in self.ranks], received
 
     def expected(self) -> dict[str, int]:
-        policy = load_policy(OPTIONS, "cpu", seed=self.version)
+        policy = load_policy(PolicyOptions(**OPTIONS), "cpu", seed=self.version)
         return {name: fingerprint(tensor) for name, tensor in policy.weights()}
 
     def close(self) -> None:
@@ -132,7 +133,7 @@ def test_an_engine_that_never_comes_holds_nobody(world):
 def test_block_fp8_of_gathered_weights_is_what_one_rank_alone_would_send(world):
     world.use("fp8")
     sent, received = world.sync()
-    policy, alone = load_policy(OPTIONS, "cpu", seed=world.version), IpcTransport(payload="fp8")
+    policy, alone = load_policy(PolicyOptions(**OPTIONS), "cpu", seed=world.version), IpcTransport(payload="fp8")
     manifest = alone.manifest(alone.publish(policy.weights(), world.version))
     alone.close()
     expected = {entry.name: entry.fingerprint for entry in manifest.entries}

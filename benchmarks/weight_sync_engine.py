@@ -1,0 +1,229 @@
+"""The other process of benchmarks/weight_sync.py and weight_sync_streamed.py: a vLLM engine that does what it is told
+over a pipe, and says how long it took."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+REPEATS = 5
+START_S = 150 if torch.cuda.is_available() else 600  # the engine's start may take so long
+
+
+def engine_main(pipe, folder: str, options: dict[str, Any], environment: dict[str, str]) -> None:
+    """Starts vLLM, then answers (function name, arguments) with what the function returns and how long it took."""
+    os.environ.update(environment)
+    try:
+        import rollout.vllm_engine as vllm_engine
+
+        engine = vllm_engine.VLLMEngine(folder, **options)
+        state = {"engine": engine, "transport": None, "held": None}
+        pipe.send(("ok", None, 0.0))
+    except BaseException:
+        pipe.send(("error", traceback.format_exc(), 0.0))
+        return
+    while (message := pipe.recv()) is not None:
+        name, *arguments = message
+        began_s = time.perf_counter()
+        try:
+            answer = ("ok", ENGINE_CALLS[name](state, *arguments))
+        except BaseException:
+            answer = ("error", traceback.format_exc())
+        pipe.send((*answer, time.perf_counter() - began_s))
+    engine.close()
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def inside(state: dict, function: Callable) -> Any:
+    """`function(worker)` where vLLM's model is."""
+    (answer,) = state["engine"]._vllm.engine_core.collective_rpc(function)
+    return answer
+
+
+def call_sync(state: dict, handle: Any, version: int) -> dict[str, Any]:
+    incoming = receiver(state, handle).receive(handle)
+    try:
+        state["engine"].update(incoming, version)
+    finally:
+        incoming.close()
+    synchronize()
+    installed = state["engine"].installed
+    return {"way": installed.way, "tensors": installed.tensors, "verified": installed.verified}
+
+
+def receiver(state: dict, handle: Any) -> Any:
+    if state["transport"] is None:
+        from rollout.transport.ipc import IpcTransport, Published
+
+        if isinstance(handle, Published):
+            state["transport"] = IpcTransport()
+        else:
+            from rollout.transport.nccl import NcclTransport
+
+            state["transport"] = NcclTransport(handle.engines)
+    return state["transport"]
+
+
+def call_checks(state: dict, on: bool) -> None:
+    """Whether what arrives is compared with its fingerprints."""
+    state["transport"].checks = on
+
+
+def call_timeout(state: dict, seconds: float) -> None:
+    """How long the engine waits for the trainer from now on."""
+    state["transport"].timeout_s = seconds
+    for group in getattr(state["transport"], "_groups", {}).values():
+        group.timeout_s = seconds
+
+
+def call_receive_only(state: dict, handle: Any) -> int:
+    """Transfer and its verification without installing."""
+    count = sum(1 for _ in receiver(state, handle).receive(handle))
+    synchronize()
+    return count
+
+
+def call_plain_broadcast(state: dict, nbytes: int) -> None:
+    state["transport"].plain_broadcast(nbytes, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def call_hold(state: dict, handle: Any) -> int:
+    """Keeps a copy of the published weights for the calls below."""
+    arrived = receiver(state, handle).receive(handle)
+    state["held"] = [(name, tensor.clone()) for name, tensor in arrived]
+    state["manifest"] = arrived.manifest
+    synchronize()
+    return len(state["held"])
+
+
+def call_vllm_reload(state: dict) -> None:
+    def reload(worker):
+        worker.model_runner.reload_weights(weights_iterator=iter(state["held"]))
+
+    inside(state, reload)
+    synchronize()
+
+
+def call_vllm_load(state: dict) -> None:
+    inside(state, lambda worker: worker.model_runner.get_model().load_weights(iter(state["held"])) and None)
+    synchronize()
+
+
+def call_copies(state: dict) -> str:
+    """Our installation alone."""
+    from rollout.vllm_weights import copy_weights, refresh_derived
+
+    def copies(worker):
+        copy_weights(worker.rlzero_installer.plan, state["held"])
+        return refresh_derived(worker.model_runner.get_model(), worker.model_runner.model_config.dtype)
+
+    refreshed = inside(state, copies)
+    synchronize()
+    return f"{refreshed} layers derived anew"
+
+
+def call_read_back(state: dict, manifest: Any = None) -> tuple[int, list[str]]:
+    """Against a manifest, or that of what is held."""
+    manifest = manifest or state["manifest"]
+    return inside(state, lambda worker: worker.rlzero_installer.differing(manifest))
+
+
+def call_fingerprints(state: dict) -> int:
+    from rollout.transport.fingerprint import fingerprints
+
+    return len(fingerprints([tensor for _, tensor in state["held"]]))
+
+
+def call_score(state: dict, sequences: list[list[int]]) -> list:
+    return state["engine"].score(sequences)
+
+
+def call_write(state: dict, count: int, tokens: int, prompt: list[int]) -> int:
+    from rollout.engine import Request, Sampling, generate
+
+    sampling = Sampling(tokens, ignore_eos=True)
+    rollouts = generate(state["engine"], [Request(f"p{i}", 0, tuple(prompt), sampling) for i in range(count)])
+    return sum(len(r.tokens) for r in rollouts)
+
+
+def call_sleep(state: dict, level: int) -> float:
+    state["engine"].sleep_level = level
+    state["engine"].sleep()
+    return torch.cuda.mem_get_info()[0] / 1e9
+
+
+def call_wake(state: dict) -> float:
+    state["engine"].wake()
+    return torch.cuda.mem_get_info()[0] / 1e9
+
+
+def call_info(state: dict) -> dict[str, Any]:
+    import vllm
+
+    installer = inside(state, lambda worker: getattr(worker, "rlzero_installer", None))
+    return {"vllm": vllm.__version__, "torch": torch.__version__, "direct": installer and installer.direct}
+
+
+ENGINE_CALLS = {name.removeprefix("call_"): function for name, function in globals().items() if name[:5] == "call_"}
+
+
+class Engine:
+    """The other end of the pipe. Every call has a deadline; `ready` waits for the start."""
+
+    def __init__(self, folder: str, options: dict[str, Any], environment: dict[str, str]):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=engine_main, args=(there, folder, options, environment), daemon=True)
+        self.process.start()
+
+    def ready(self) -> Engine:
+        try:
+            self.answer("start", START_S)
+        except BaseException:
+            self.process.kill()
+            raise
+        return self
+
+    def ask(self, name: str, *arguments: Any) -> None:
+        """Begins a call that `answer` ends."""
+        self.pipe.send((name, *arguments))
+
+    def __call__(self, name: str, *arguments: Any, deadline_s: float = 60) -> Any:
+        self.ask(name, *arguments)
+        return self.answer(name, deadline_s)
+
+    def timed(self, name: str, *arguments: Any) -> float:
+        """Seconds inside the engine's process, the least of several."""
+        times_s = []
+        for _ in range(REPEATS):
+            self(name, *arguments)
+            times_s.append(self.took_s)
+        return min(times_s)
+
+    def answer(self, name: str, deadline_s: float) -> Any:
+        if not self.pipe.poll(deadline_s):
+            raise TimeoutError(f"the engine did not answer '{name}' within {deadline_s} s")
+        kind, content, self.took_s = self.pipe.recv()
+        if kind == "error":
+            raise RuntimeError(f"'{name}' failed in the engine's process:\n{content}")
+        return content
+
+    def close(self) -> None:
+        if self.process.is_alive():
+            try:
+                self.pipe.send(None)
+            except OSError:
+                pass
+        self.process.join(15)
+        if self.process.is_alive():
+            self.process.kill()
