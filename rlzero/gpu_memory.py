@@ -283,7 +283,9 @@ def sync_buffers(weight_bytes: int) -> int:
 BLOCK_TOKENS = 64  # of vLLM's cache for MLA
 GRAPH_BYTES = MIB // 4  # of a captured CUDA graph, for each layer
 GRAPH_SIZES, GRAPH_LIMIT = 8, 512  # vLLM captures batches of 1, 2, 4, then every 8th up to twice max_batch or this
-ENGINE_WORKSPACE_BYTES = 400 * MIB  # attention's and the experts' scratch memory
+# Attention's and the experts' scratch memory and what vLLM's allocator cannot use: what was left beside all other parts
+# of the engine in benchmarks/grpo_gpu.py on one H100 (8,192 batched tokens), 1.8 GiB awake and 2.3 with sleep mode.
+ENGINE_WORKSPACE_BYTES = 2100 * MIB
 DEFAULT_BATCHED_TOKENS = 2048  # vLLM's where nobody sets max_num_batched_tokens
 
 
