@@ -84,7 +84,6 @@ class NcclTransport:
     def publish(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> Published:
         """`offer`, with a thread that does the sending: the weights must not change until `wait` returns. Raises what
         the last broadcast failed with."""
-        self.wait()
         tensors = list(tensors)
         device = tensors[0][1].device if tensors else torch.device("cpu")
         handle = self.offer(layout_of(tensors), version, device=device)
@@ -104,6 +103,7 @@ class NcclTransport:
         """The handle of weights that `send` will bring from `device` (default: the current GPU, where there is one).
         With several ranks each calls this with its `rank` and the same layout; `owners` says which rank sends each
         tensor (default: rank 0 all of them), and engines are given the handles `merged`."""
+        self.wait()
         if owners is not None and len(owners) != len(layout):
             raise ValueError(f"{len(owners)} owners for {len(layout)} tensors")
         if device is None:

@@ -13,10 +13,11 @@ from rollout.transport.buckets import buckets_of, nbytes
 from rollout.transport.disk import read_folder
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import NcclTransport
-from rollout.transport.payload import dequantized, engine_payload, travelling
+from rollout.transport.payload import dequantized, engine_payload, put, travelling
 from trainer.model.config import V3Config
 from trainer.model.hf import convert_folder, named_checkpoint_tensors, save_folder
 from trainer.model.v3 import V3Model
+from trainer.precision.quantize import quantize_blocks
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -138,3 +139,17 @@ def test_a_weight_without_its_scales_is_an_error(model):
     weights = [(name, tensor) for name, tensor in sent("ipc", model) if not name.endswith("scale_inv")]
     with pytest.raises(ValueError, match="is FP8 and its scales did not follow it"):
         list(dequantized(weights))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_quantizes_as_a_cpu_does(dtype):
+    torch.manual_seed(0)
+    shapes = [(1344, 1536), (300, 200), (128, 128), (5, 576), (4096, 512)]
+    weights = [torch.randn(shape).to(dtype) * 10.0 ** (3 * i - 6) for i, shape in enumerate(shapes)]
+    expected = [quantize_blocks(weight) for weight in weights]
+    places = [(torch.zeros_like(q.values).cuda(), torch.zeros_like(q.scales).cuda()) for q in expected]
+    put([weight.cuda() for weight in weights], places)
+    for quantized, (values, scales) in zip(expected, places, strict=True):
+        assert torch.equal(values.cpu().view(torch.uint8), quantized.values.view(torch.uint8))
+        assert torch.equal(scales.cpu(), quantized.scales)
