@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from rollout.engine import EngineUnusable, Request, Rollout, Sampling, generate
 from rollout.engine_thread import EngineThread
 from rollout.torch_engine import TorchEngine
 from rollout.transport.disk import read_folder
+from rollout.worker import make_engine
 from trainer.model import hf
 from trainer.model.config import V3Config
 from trainer.model.v3 import V3Model
@@ -143,3 +146,42 @@ def test_after_closing_every_call_is_refused(folder):
     with pytest.raises(RuntimeError, match="closed"):
         thread.submit(requests()).result(10)
     assert thread.completed() == []
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(400)
+def test_a_call_to_vllm_waits_for_one_step(tmp_path):
+    """While vLLM writes and nothing ends: a call comes in within 50 ms, and an update meets every running request.
+    vLLM changes its process, so this test stays the last one here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    config = V3Config(
+        vocab_size=512, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=8, n_routed_experts=4, num_experts_per_tok=2, kv_lora_rank=512, qk_rope_head_dim=64,
+        qk_nope_head_dim=128, v_head_dim=128, first_k_dense_replace=1, max_position_embeddings=2048, eos_token_id=1,
+        initializer_range=0.05,
+    )  # fmt: skip
+    models = [V3Model(config).init_weights(seed).to(dtype) for seed in (0, 1)]
+    hf.save_folder(models[0], tmp_path)
+    options = {"dtype": str(dtype).removeprefix("torch."), "enforce_eager": device == "cpu"}
+    options |= {"gpu_memory_utilization": 0.2} if device == "cuda" else {"kv_cache_memory_bytes": 64 << 20}
+    tokens = 1500 if device == "cuda" else 300
+    thread = EngineThread(lambda: make_engine("vllm", tmp_path, options))
+    thread.submit(requests(16, tokens)).result(60)
+    time.sleep(0.5)
+    waits = []
+    for _ in range(20):
+        began_s = time.monotonic()
+        thread.call(lambda engine: None).result(10)
+        waits.append(time.monotonic() - began_s)
+        time.sleep(0.01)
+    began_s = time.monotonic()
+    thread.call(lambda engine: engine.update(list(hf.named_checkpoint_tensors(models[1])), 1)).result(60)
+    update_s = time.monotonic() - began_s
+    found = finish(thread)
+    thread.close().result(60)
+    median_ms, most_ms = 1e3 * np.median(waits), 1e3 * max(waits)
+    print(f"{device}: a call waits {median_ms:.1f} ms (median), {most_ms:.1f} ms (most)")
+    print(f"an update in flight takes {1e3 * update_s:.1f} ms, waiting included")
+    assert np.median(waits) < 0.05
+    assert [[version for version, _ in r.versions] for r in found] == [[0, 1]] * 16
