@@ -104,6 +104,7 @@ class Run:
             self.handover = Handover(config, kind, placed, self.trainer, self.fleet, self.sleep_level)
             await asyncio.gather(self.trainer.ready(config.cluster.deadline_s), self.fleet.ready())
             await self.publish(version=self.step)
+            self._step_began_s = time.monotonic()  # the start is no part of the first step
         except BaseException:
             await self.__aexit__()
             raise

@@ -69,10 +69,12 @@ def train(policy, write_config, tmp_path, monkeypatch):
     return run
 
 
-def assert_in_step(lines: list[dict], steps: int) -> None:
-    """Every step was made, learned something, and left engine and trainer with the same weights."""
+def assert_in_step(lines: list[dict], steps: int, staleness: int = 0) -> None:
+    """Every step was made, learned something, and left engine and trainer with the same weights. Of completions that an
+    older policy wrote the gap says how far the policy went since."""
     assert [line["step"] for line in lines] == list(range(steps))
-    assert all(line["sync_gap"] < GAP and line["gap"] < GAP and line["grad_norm"] > 0 for line in lines)
+    assert all(line["sync_gap"] < GAP and line["grad_norm"] > 0 for line in lines)
+    assert staleness or all(line["gap"] < GAP for line in lines)
     assert all(line["policy_version"] == line["step"] + 1 for line in lines)
 
 
@@ -93,7 +95,7 @@ def test_trainer_and_engine_that_both_fit_never_sleep_and_a_run_resumes(train):
 def test_an_asynchronous_run_has_trainer_and_engine_on_gpus_of_their_own(train):
     said, lines = train(staleness=1, **{"loss.correction": "tis"})
     assert "placement: disaggregated (staleness 1" in said and "), nccl" in said
-    assert_in_step(lines, 4)
+    assert_in_step(lines, 4, staleness=1)
 
 
 @two_gpus
