@@ -13,12 +13,12 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 REPEATS = 5
-START_S = 150 if torch.cuda.is_available() else 600  # the engine's start may take so long
+START_S = {"cuda": 150, "cpu": 600}  # the engine's start may take so long
 
 
 def engine_main(pipe, folder: str, options: dict[str, Any], environment: dict[str, str]) -> None:
     """Starts vLLM, then answers (function name, arguments) with what the function returns and how long it took."""
-    os.environ.update(environment)
+    os.environ.update(environment)  # before anything asks CUDA for its devices: it reads them once
     try:
         import rollout.vllm_engine as vllm_engine
 
@@ -188,7 +188,7 @@ class Engine:
 
     def ready(self) -> Engine:
         try:
-            self.answer("start", START_S)
+            self.answer("start", START_S["cuda" if torch.cuda.is_available() else "cpu"])
         except BaseException:
             self.process.kill()
             raise

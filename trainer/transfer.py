@@ -10,7 +10,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`. From ordinary memory a copy of more than 64 KB waits until the GPU has done all it was
     given before, so it goes through page-locked memory."""
     if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
+        tensor = tensor.contiguous().pin_memory()  # an expanded tensor cannot be pinned as it is
     return tensor.to(device, non_blocking=True)
 
 

@@ -207,7 +207,7 @@ def owned_weights(pair: Pair) -> dict[str, float]:
     for name, owner in zip(expected, owners, strict=True):
         expert = int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else 0
         assert owner == expert * ep // 4, name
-    mine = {name: tensor for name, tensor in found if tensor is not None}
+    mine = {name: tensor.cpu() for name, tensor in found if tensor is not None}
     return {"apart": apart({name: expected[name] for name in mine}, mine) if mine else 0.0}
 
 

@@ -172,7 +172,7 @@ def blocks_into(weights: Sequence[Tensor], values: Sequence[Tensor], scales: Seq
         ]
     )
     # Each row begins on 16 bytes: Triton compiles anew for other alignments.
-    *table, repeats = F.pad(told.T, (0, len(sources) % 2)).to(device)
+    *table, repeats = F.pad(told.T.contiguous(), (0, len(sources) % 2)).to(device)
     numbers = torch.arange(len(repeats), device=device)
     tensor_of = torch.repeat_interleave(numbers, repeats, output_size=sum(counts))
     with torch.cuda.device(device if device.type == "cuda" else -1):
