@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rewards.score import Score
-from rlzero.cluster import TrainerActor
+from rlzero.actors import TrainerActor
 from rlzero.config import Reward
 from rlzero.groups import Graded, Group
 from rlzero.metrics import Written
@@ -44,7 +44,8 @@ def test_without_speculation_nothing_is_said_of_it():
 
 @pytest.mark.parametrize("mtp", [False, True])
 def test_prediction_layers_are_published_for_engines_that_draft_with_them(tmp_path, mtp):
-    made = TrainerActor(PolicyOptions(init=V3, dtype="float32"), OptimizerOptions(), device="cpu")
+    made = TrainerActor(0)
+    made.open(PolicyOptions(init=V3, dtype="float32"), OptimizerOptions(), device="cpu")
     transport = DiskTransport(tmp_path)
     names = {entry.name for entry in transport.manifest(made.publish(transport, 1, mtp)).entries}
     assert ("model.layers.2.eh_proj.weight" in names) is mtp and "model.layers.1.mlp.gate.weight" in names
