@@ -5,7 +5,7 @@
 Work: `v3-2b` (train_step_gpu.py: 2.03 B parameters, BF16, FP32 masters, BF16 moments), next-token training on 16 x 1024
 tokens a GPU, each update with its optimizer step; `x4` accumulates four such micro-batches a GPU before the update.
 `dp` shards everything over all GPUs (FSDP2); `ep` also shares out the experts among them; `sent` does with every token
-sent to the ranks of its experts alone, as among many (trainer.parallel_experts). One GPU is measured on every GPU at
+sent to the ranks of its experts alone, as among many (trainer.parallel.experts). One GPU is measured on every GPU at
 once, each with a trainer of its own, and the slowest counts: what several are compared with is as warm as they.
 First the gradient norms of one update on the same tokens must agree. Times are medians; the last step is profiled:
 communication, and how much of it no computation covered (exposed).
@@ -35,17 +35,18 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.train_step_gpu import LOSS, OPTIMIZER, V3_2B, documents
-from trainer import parallel_experts, worker
+from trainer import worker
 from trainer.batch import Batch
 from trainer.model.v3 import V3Model
 from trainer.packing import Sample, pack
-from trainer.parallel import ParallelOptions
-from trainer.parallel_policy import ShardedV3Policy
+from trainer.parallel import experts
+from trainer.parallel.policy import ShardedV3Policy
+from trainer.parallel.ranks import ParallelOptions
 from trainer.policy import PolicyOptions, V3Policy
 from trainer.worker import Trainer
 
 TOKENS = 16_384  # of a micro-batch, one a GPU
-GATHER_RANKS = parallel_experts.GATHER_RANKS
+GATHER_RANKS = experts.GATHER_RANKS
 AGREE = 0.02  # of gradient norms: BF16 products of differently shaped batches
 
 
@@ -212,7 +213,7 @@ class Report:
 
 def measure(name: str, parallel: ParallelOptions, arguments: argparse.Namespace, report: Report) -> None:
     gpus = dist.get_world_size()
-    parallel_experts.GATHER_RANKS = 1 if name == "sent" else GATHER_RANKS
+    experts.GATHER_RANKS = 1 if name == "sent" else GATHER_RANKS
     t = trainer(parallel)
     alone = parallel.ranks == 1
     work = {1: batches(gpus), 4: batches(4 * gpus)}

@@ -60,8 +60,8 @@ class Rank:
     def __init__(self, rank: int, address: str, folder: str, options: argparse.Namespace):
         from rollout.decode_v3 import V3Decoder
         from rollout.probe import probe_sequences
-        from trainer.parallel import ParallelOptions, Ranks, Rendezvous
-        from trainer.parallel_policy import load_sharded_policy
+        from trainer.parallel.policy import load_sharded_policy
+        from trainer.parallel.ranks import ParallelOptions, Ranks, Rendezvous
         from trainer.policy import PolicyOptions
 
         self.options, on_gpu = options, torch.cuda.is_available()

@@ -17,7 +17,7 @@ from rlzero import failures
 from rlzero.reading import UsageError
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import NcclTransport
-from trainer.parallel import Rendezvous
+from trainer.parallel.ranks import Rendezvous
 from trainer.worker import Trainer
 
 SHOWN = 12  # lines of an error of a start

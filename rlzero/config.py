@@ -21,7 +21,7 @@ from rlzero import placement
 from rlzero.reading import Conflict, read_config
 from trainer.losses import LossOptions
 from trainer.optimizer import OptimizerOptions
-from trainer.parallel import ParallelOptions
+from trainer.parallel.ranks import ParallelOptions
 from trainer.policy import PolicyOptions
 
 

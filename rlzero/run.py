@@ -225,8 +225,10 @@ class Run:
         """Raises `RunError` where an engine's log-probabilities on the probe are further from the trainer's than
         rollout.max_gap allows."""
         temperature = self.config.rollout.temperature
-        trained = await self.trainer.call("score", self.probe, temperature)
-        for worker, written in zip(self.fleet.workers, await self.fleet.score(self.probe, temperature), strict=True):
+        trained, scores = await asyncio.gather(
+            self.trainer.call("score", self.probe, temperature), self.fleet.score(self.probe, temperature)
+        )
+        for worker, written in zip(self.fleet.workers, scores, strict=True):
             gap = probe.gap(written, trained)
             self._step_metrics["sync_gap"] = max(gap["mean_abs"], self._step_metrics.get("sync_gap", 0.0))
             if not gap["mean_abs"] <= self.config.rollout.max_gap:

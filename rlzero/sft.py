@@ -28,7 +28,7 @@ from rlzero.sft_rows import Examples, Progress, load_examples, load_sft_tokenize
 from trainer import checkpoint
 from trainer.batch import Batch
 from trainer.packing import pack
-from trainer.parallel import ParallelOptions
+from trainer.parallel.ranks import ParallelOptions
 from trainer.worker import Trainer
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from rlzero.config import Checkpoints, NonNegative, Positive, Tracker, _Section
 from rlzero.reading import Conflict, read_config
 from trainer.balance import BalanceKind
 from trainer.optimizer import OptimizerOptions
-from trainer.parallel import ParallelOptions
+from trainer.parallel.ranks import ParallelOptions
 from trainer.policy import PolicyOptions
 
 OPEN_END = 2**31  # stands for the schedule's end until the rows are counted

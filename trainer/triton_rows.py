@@ -1,4 +1,4 @@
-"""The kernel of trainer.parallel_rows: one read of every row, sums in float32."""
+"""The kernel of trainer.parallel.rows: one read of every row, sums in float32."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _sum_rows(
 def sum_rows(
     rows: Float[Tensor, "rows hidden"], table: Int[Tensor, "count width"], *added: Float[Tensor, "count hidden"]
 ) -> Float[Tensor, "count hidden"]:
-    """See trainer.parallel_rows.sum_rows; `rows` and `table` contiguous."""
+    """See trainer.parallel.rows.sum_rows; `rows` and `table` contiguous."""
     hidden = rows.shape[1]
     out = torch.empty(len(table), hidden, dtype=rows.dtype, device=rows.device)
     if len(table):

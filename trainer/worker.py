@@ -26,9 +26,9 @@ from trainer.device_memory import device_memory
 from trainer.losses import LossOptions, Metrics, combine_metrics, policy_loss
 from trainer.optimizer import Optimizer, OptimizerOptions
 from trainer.packing import Sample, pack, to_device
-from trainer.parallel import ParallelOptions, Ranks, Rendezvous, Share
-from trainer.parallel_checkpoint import SHARDS, WHOLE, load_shards, read_shards, save_shards
-from trainer.parallel_policy import ShardedV3Policy, load_sharded_policy
+from trainer.parallel.checkpoint import SHARDS, WHOLE, load_shards, read_shards, save_shards
+from trainer.parallel.policy import ShardedV3Policy, load_sharded_policy
+from trainer.parallel.ranks import ParallelOptions, Ranks, Rendezvous, Share
 from trainer.policy import Policy, PolicyOptions, load_policy
 from trainer.transfer import Readback
 
@@ -59,7 +59,7 @@ class Trainer:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         parallel = parallel or ParallelOptions()
         if parallel.pp > 1:
-            raise ValueError(f"pp is {parallel.pp}: a Trainer has whole models; stages run through parallel_pipeline")
+            raise ValueError(f"pp is {parallel.pp}: a Trainer has whole models; stages: trainer.parallel.pipeline")
         self.device = _device(device, parallel, rendezvous)
         self.loss = loss
         torch.manual_seed(seed)

@@ -67,7 +67,7 @@ class TrainerRank:
     """One of two ranks over which the experts, or else all weights, are shared."""
 
     def __init__(self, rank: int, address: str, ep: int):
-        from trainer.parallel import ParallelOptions, Ranks, Rendezvous
+        from trainer.parallel.ranks import ParallelOptions, Ranks, Rendezvous
 
         self.ranks = Ranks(ParallelOptions(dp=2, ep=ep), torch.device("cpu"), Rendezvous(rank, address))
         self.policy: Any = None
@@ -82,7 +82,7 @@ class TrainerRank:
 
     def offer(self, version: int) -> Any:
         """Weights drawn anew for each version."""
-        from trainer.parallel_policy import load_sharded_policy
+        from trainer.parallel.policy import load_sharded_policy
         from trainer.policy import PolicyOptions
 
         self.policy = load_sharded_policy(PolicyOptions(**OPTIONS), self.ranks, seed=version)

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from trainer import parallel_experts
 from trainer.losses import LossOptions
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack
-from trainer.parallel import ParallelOptions, Rendezvous
+from trainer.parallel import experts as parallel_experts
+from trainer.parallel.ranks import ParallelOptions, Rendezvous
 from trainer.policy import PolicyOptions
 from trainer.worker import Trainer
 

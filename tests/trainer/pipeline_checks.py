@@ -15,7 +15,7 @@ from trainer.losses import LossOptions, policy_loss
 from trainer.model.config import V3Config
 from trainer.model.v3 import V3Model
 from trainer.packing import pack
-from trainer.parallel_pipeline import SCHEDULES, Pipeline
+from trainer.parallel.pipeline import SCHEDULES, Pipeline
 from trainer.policy import PolicyOptions, V3Policy
 
 CONFIG = {**V3, "num_hidden_layers": 5, "num_nextn_predict_layers": 0}

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from parallel_checks import free_address
 from pipeline_checks import rank_main
 
-from trainer.parallel_pipeline import SCHEDULES, split_layers, stages_of
+from trainer.parallel.pipeline import SCHEDULES, split_layers, stages_of
 
 SUMS = 1e-5  # float32 sums of numbers up to 1 in another order
 

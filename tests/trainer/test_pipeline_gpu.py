@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from parallel_checks import free_address
 from pipeline_checks import rank_main
 
-from trainer.parallel_pipeline import SCHEDULES
+from trainer.parallel.pipeline import SCHEDULES
 
 pytestmark = [
     pytest.mark.gpu,

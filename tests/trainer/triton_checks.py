@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from tests.trainer.test_model_parity import CONFIGS, packed, random_model, relative
-from trainer import parallel_slots
 from trainer.model import attention, gpu_moe, layers, moe, triton_route
 from trainer.model.rope import apply_rope
 from trainer.model.triton_moe import gather_sum, scatter_rows
 from trainer.model.triton_rope import backward_, queries_keys_values_, resize
 from trainer.model.triton_route import Counts, Order, decide
+from trainer.parallel import slots as parallel_slots
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_model_triton.py"
 SHORT = {name: dataclasses.replace(config, num_hidden_layers=2) for name, config in CONFIGS.items()}

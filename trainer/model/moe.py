@@ -220,7 +220,7 @@ class MoE(nn.Module):
         self.experts = Experts(config, recipe)
         shared = config.n_shared_experts * config.moe_intermediate_size
         self.shared = SwiGLU(config.hidden_size, shared, recipe) if shared else None
-        self.exchange = None  # trainer.parallel_experts: where the experts live on several ranks
+        self.exchange = None  # trainer.parallel.experts: where the experts live on several ranks
 
     def forward(
         self,

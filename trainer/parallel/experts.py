@@ -3,7 +3,7 @@
 A token with six experts on two ranks is sent twice, not six times; its weights travel with it, and what comes back is
 each rank's sum (DeepSeek-V3, arXiv 2412.19437, section 3.2.2, dispatches this way between nodes). The host
 waits once a layer, for the split sizes; the shared expert runs meanwhile, and while tokens travel. On two ranks, which
-nearly every token needs both, all tokens travel instead, and the host waits for nothing (trainer.parallel_gather).
+nearly every token needs both, all tokens travel instead, and the host waits for nothing (trainer.parallel.gather).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from trainer.model.layers import SwiGLU, has_kernels, swiglu
 from trainer.model.moe import Experts, MoE, Routing
-from trainer.parallel_gather import Peers, gathered_experts
-from trainer.parallel_rows import spread_rows, sum_rows
+from trainer.parallel.gather import Peers, gathered_experts
+from trainer.parallel.rows import spread_rows, sum_rows
 from trainer.precision.recipe import Recipe, grouped_matmul
 
 # Up to so many expert ranks see the tokens of all. Their buffers are that many times as large as the tokens that an

@@ -30,7 +30,7 @@ from trainer.model.documents import group_documents
 from trainer.model.moe import Routing
 from trainer.model.rope import turns
 from trainer.model.v3 import V3Model
-from trainer.parallel import filler
+from trainer.parallel.ranks import filler
 from trainer.policy import Head, PolicyOptions, V3Policy
 
 SCHEDULES = {

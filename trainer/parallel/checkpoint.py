@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from trainer.optimizer import Optimizer
-from trainer.parallel_policy import ShardedV3Policy
+from trainer.parallel.policy import ShardedV3Policy
 
 SHARDS = "optimizer"  # folder of DCP's files
 WHOLE = "optimizer.safetensors"  # one rank's

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainer.model.layers import has_kernels
-from trainer.parallel_slots import Slots
+from trainer.parallel.slots import Slots
 
 Message = list[dist.Work]
 

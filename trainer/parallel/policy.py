@@ -24,8 +24,8 @@ from trainer.model.config import V3Config
 from trainer.model.folder import FolderReader
 from trainer.model.moe import MoE, Routing
 from trainer.model.v3 import V3Model, V3Output
-from trainer.parallel import Ranks
-from trainer.parallel_experts import ExpertExchange, LocalExperts
+from trainer.parallel.experts import ExpertExchange, LocalExperts
+from trainer.parallel.ranks import Ranks
 from trainer.policy import Policy, PolicyOptions, V3Policy, load_policy, read_config
 
 # FSDP looks for the tensors of a module's output, whose gradients start its work, through these.
