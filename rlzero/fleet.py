@@ -177,6 +177,10 @@ class Fleet:
             if self.open[index]:
                 await self._survive(index, "submit", list(self.open[index].values()))
 
+    async def alive(self) -> None:
+        """Finds workers that died unnoticed and starts them again: who waits for their engines would wait in vain."""
+        await asyncio.gather(*(self._survive(i, "ping") for i in range(len(self.workers))))
+
     async def sleep(self) -> None:
         """Every engine frees its memory for the trainer. One that dies from here on is not started before `wake`: it
         would take memory that the trainer has."""

@@ -63,8 +63,11 @@ class Handover:
 
     async def _hand_over(self, version: int) -> None:
         """When a worker dies meanwhile, all of them take the weights once more."""
-        several = len(self.placed.ranks) > 1 and isinstance(self.transport, IpcTransport | NcclTransport)
+        direct = isinstance(self.transport, IpcTransport | NcclTransport)
+        several = direct and len(self.placed.ranks) > 1
         while True:
+            if direct:
+                await self.fleet.alive()
             if self._restarts_known != self.fleet.restarts:
                 self._restarts_known = self.fleet.restarts
                 await self.trainer.call("forget_transport")
