@@ -190,7 +190,7 @@ class TrainRecorded(Train):
     command = ("tests.rlzero.recorded_run",)
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_kills_neither_lose_a_carried_prompt_nor_train_it_twice(write_config, tmp_path, staleness):
     config = write_config(tmp_path, **SHORT_STEPS | {"rollout.oversample": 2.0, "staleness": staleness})
     rng = random.Random(7)

@@ -52,6 +52,7 @@ def test_two_ranks_train_to_the_metrics_of_one(kind, finished, write_config, tmp
     assert_same_metrics(train.run_dir, finished, range(3))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(finished, write_config, tmp_path):
     for steps, ranks in ((2, RANKS["dp"]), (4, {}), (6, RANKS["ep"])):
         with Train(write_config(tmp_path, steps=steps, **ranks), "--resume") as train:
@@ -84,6 +85,7 @@ def test_the_weights_of_two_ranks_travel_while_they_are_gathered(
     assert_same_metrics(config.run_dir, finished, range(3))
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_a_rank_goes_on_by_itself_to_the_same_metrics(finished, write_config, tmp_path):
     with Train(write_config(tmp_path, **RANKS["dp"])) as train:
         train.wait_for_step(2)
@@ -96,6 +98,7 @@ def test_a_run_that_loses_a_rank_goes_on_by_itself_to_the_same_metrics(finished,
     assert_same_metrics(train.run_dir, finished, range(STEPS))
 
 
+@pytest.mark.slow
 def test_ranks_listen_at_loopback_alone(write_config, tmp_path):
     with Train(write_config(tmp_path, steps=500, **RANKS["dp"], **QUIET)) as train:
         train.wait_for_step(1)

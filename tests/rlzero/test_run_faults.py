@@ -160,7 +160,7 @@ def test_a_worker_killed_while_the_trainer_works_waits_for_the_next_weights(
             batches = loop.minibatches(loop.to_samples(graded, run.config.algorithm), run.config)
             victim = (await run.fleet.workers[1].call("ping", deadline_s=30))["pid"]
             await run.make_room()
-            writing = asyncio.create_task(run.write("1.0", run.prompts.take(20), 3, run.sampling))
+            writing = asyncio.create_task(run.writer.all("1.0", run.prompts.take(20), 3, run.sampling))
             await some_open(run, 1)
             os.kill(victim, signal.SIGKILL)
             async with asyncio.timeout(60):

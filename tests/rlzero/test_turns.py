@@ -74,7 +74,7 @@ def test_a_worker_that_dies_asleep_comes_back_when_the_trainer_has_made_room(
             assert run.fleet.restarts == 2
             answers = [await worker.call("ping", deadline_s=30) for worker in run.fleet.workers]
             assert [answer["version"] for answer in answers] == [1, 1]
-            groups = await run.write("1.0", run.prompts.take(4), 2, run.sampling)
+            groups = await run.writer.all("1.0", run.prompts.take(4), 2, run.sampling)
             assert all(r.versions == [(1, len(r.tokens))] for g in groups for r in g.rollouts)
 
     asyncio.run(go())

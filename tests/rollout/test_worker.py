@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -150,9 +151,11 @@ def test_damaged_weights_poison_the_engine_until_whole_ones_arrive(worker, tmp_p
 
 
 def test_interrupt_and_sleep_reach_the_engine(worker):
-    ray.get(worker.submit.remote(requests(max_tokens=40)))
-    ray.get(worker.completed.remote(0.0))
-    assert [r.finish_reason for r in ray.get(worker.interrupt.remote())] == ["interrupted"] * 4
+    many = [replace(r, sample=sample) for r in requests(max_tokens=40) for sample in range(500)]  # more than a moment's
+    ray.get(worker.submit.remote(many))
+    stopped = ray.get(worker.interrupt.remote())
+    assert stopped and {r.finish_reason for r in stopped} == {"interrupted"}
+    assert sorted(r.id for r in [*stopped, *finish(worker)]) == sorted(r.id for r in many)
     ray.get(worker.sleep.remote())
     with pytest.raises(ray.exceptions.RayTaskError, match="asleep"):
         ray.get(worker.score.remote(SEQUENCES))

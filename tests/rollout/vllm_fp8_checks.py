@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 from rollout.vllm_engine import ENVIRONMENT
 
@@ -60,6 +61,7 @@ class Runner:
 
     def __init__(self, model: torch.nn.Module, model_config):
         self.model, self.model_config = model, model_config
+        self.vllm_config = SimpleNamespace(speculative_config=None)
 
     def get_model(self) -> torch.nn.Module:
         return self.model
