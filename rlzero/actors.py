@@ -103,18 +103,14 @@ class TrainerActor(Trainer):
             for _ in self.weights(mtp):
                 pass
             return None
-        if self._transport is None:
-            self._transport = transport  # the first one stays: it keeps buffers and groups from sync to sync
-        # These take the live tensors where they lie. Several ranks gather theirs layer by layer, onto the CPU.
-        live = isinstance(transport, (IpcTransport, NcclTransport)) and self.ranks.size == 1
-        return self._transport.publish(list(self.policy.weights(mtp)) if live else self.weights(mtp), version)
+        # These take live tensors where they lie (several ranks `offer` and `send` theirs); others, copies on the CPU.
+        live = isinstance(transport, (IpcTransport, NcclTransport))
+        return self._kept(transport).publish(list(self.policy.weights(mtp)) if live else self.weights(mtp), version)
 
     def offer(self, transport: Any, version: int, mtp: bool, engines: list[int]) -> Any:
         """Of one of several ranks: the handle of weights that `send` will bring, see `SentTransport`. `engines` is how
         many of them every rank has on its GPU."""
-        if self._transport is None:
-            self._transport = transport
-        policy, kept = self.policy, self._transport
+        policy, kept = self.policy, self._kept(transport)
         self._sends_mtp = mtp
         if isinstance(kept, NcclTransport):
             return kept.offer(policy.layout(mtp), version, policy.owners(mtp), self._rank, self.device)
@@ -130,6 +126,12 @@ class TrainerActor(Trainer):
         except RuntimeError as error:
             return str(error)
         return None
+
+    def _kept(self, transport: Any) -> Any:
+        """The first transport stays: it keeps buffers and groups from sync to sync."""
+        if self._transport is None:
+            self._transport = transport
+        return self._transport
 
     def forget_transport(self) -> None:
         """The next publication begins with a new one: of engines that an old one knew, one is gone."""
