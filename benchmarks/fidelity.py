@@ -1,6 +1,6 @@
 """How far the trainer's log-probabilities are from vLLM's, what brings them nearer, and what it costs: one table.
 
-    python benchmarks/fidelity.py [--json FILE] [--seconds 60] [--tiny]
+    python benchmarks/fidelity.py [--json FILE] [--seconds 60] [--only plain,routing,eager,"mtp 1","mtp 2",fp8] [--tiny]
 
 A DeepSeek-V3-architecture model (728 M parameters, and a layer of multi-token prediction) is trained for a minute on
 synthetic text, so that its distributions are peaked and its drafts good, by the project's trainer. Engines start
@@ -52,6 +52,7 @@ from trainer.policy import PolicyOptions, load_policy
 ROWS: list[dict[str, Any]] = []
 FIGURES: dict[str, Any] = {"rows": ROWS}
 BUDGET = 32_768  # tokens of a micro-batch
+FP8 = "fp8"  # the engine that starts from a block-FP8 folder of the trained model
 
 
 def say(name: str, value: Any, unit: str = "") -> None:
@@ -297,8 +298,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there, after every part")
     parser.add_argument("--seconds", type=float, default=60.0, help="of pre-training")
+    parser.add_argument("--only", help="names of engines, with commas (none: all)")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
+    only = arguments.only.split(",") if arguments.only else [*engine_options(arguments.tiny), FP8]
 
     from trainer.losses import LossOptions
     from trainer.optimizer import OptimizerOptions
@@ -326,19 +329,20 @@ def main() -> None:
         hf.save_folder(policy.module, folder)
         try:
             for name, (kind, options) in engine_options(tiny).items():
-                engines[name] = Engine(kind, str(folder), options, f"{scratch}/{name}")
+                if name in only:
+                    engines[name] = Engine(kind, str(folder), options, f"{scratch}/{name}")
             with part("pre-training"):
                 pretrain(trainer, text, arguments.seconds, *((16, 64) if tiny else (64, 512)))
             if device == "cuda":
                 say("trainer: peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
                 torch.cuda.empty_cache()
-            if not tiny:
+            if FP8 in only and not tiny:
                 with part("block-FP8 folder"):
                     hf.save_folder(policy.module, Path(scratch) / "fp8", format="fp8")
                     size = sum(f.stat().st_size for f in (Path(scratch) / "fp8").glob("*.safetensors"))
                     say("block-FP8 folder", size / 1e9, "GB")
                     eager = engine_options(False)["eager"][1]
-                    engines["FP8 folder"] = Engine("vllm", str(Path(scratch) / "fp8"), eager, f"{scratch}/FP8")
+                    engines[FP8] = Engine("vllm", str(Path(scratch) / "fp8"), eager, f"{scratch}/FP8")
             for name, engine in list(engines.items()):
                 with part(f"start of {name}"):
                     try:
@@ -347,15 +351,15 @@ def main() -> None:
                         engines.pop(name).close()
                         raise
             keep()
-            if "FP8 folder" in engines:
-                with part("FP8 folder"):
-                    measure("FP8 folder", engines["FP8 folder"], policy, work)
-                    rollouts = engines["FP8 folder"]("write", work.apart())
+            if FP8 in engines:
+                with part("block-FP8 engine"):
+                    measure("FP8 folder", engines[FP8], policy, work)
+                    rollouts = engines[FP8]("write", work.apart())
                     stored = load_policy(PolicyOptions(path=str(Path(scratch) / "fp8")), device)
                     row("FP8 folder, trainer holds its weights", stored, rollouts, None, replay=False)
                     row("FP8 folder, trainer holds its weights + replay", stored, rollouts, None, replay=True)
                     del stored
-                engines.pop("FP8 folder").close()
+                engines.pop(FP8).close()
                 keep()
             for version, name in enumerate(sorted(engines, key="routing".__eq__), start=1):  # that one last
                 with part(name):

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,8 @@ class Rank:
             noise = torch.empty(weight.shape, device=self.device).normal_(0.0, scale, generator=generator)
             weight.add_(noise.to(weight.dtype))
 
-    def sync(self) -> dict[str, Any]:
-        """One sync; seconds are this rank's."""
+    def sync(self, kill_after: int | None = None) -> dict[str, Any]:
+        """One sync; seconds are this rank's. `kill_after` so many tensors this rank's engine is killed."""
         from rollout.transport.nccl import merged
 
         synchronize()
@@ -131,12 +132,20 @@ class Rank:
             handle = self.transport.offer(layout, self.version, self.device)
         self.engine.ask("sync", handle, self.version)
         offered_s = time.perf_counter()
-        self.transport.send(self.policy.owned_weights() if nccl else self.policy.weights())
+        weights = self.policy.owned_weights() if nccl else self.policy.weights()
+        self.transport.send(weights if kill_after is None else self._killing(weights, kill_after))
         sent_s = time.perf_counter()
         answer = self.engine.answer("sync", 60)
         ended_s = time.perf_counter()
         found = {"all_s": ended_s - began_s, "offer_s": offered_s - began_s, "send_s": sent_s - offered_s}
         return answer | found | {"engine_s": self.engine.took_s}
+
+    def _killing(self, weights: Iterable[Any], after: int) -> Iterator[Any]:
+        for count, pair in enumerate(weights):
+            if count == after:
+                self.engine.process.kill()
+                self.engine.process.join()
+            yield pair
 
     def everyones(self, value: Any) -> list[Any]:
         values: list[Any] = [None, None]
@@ -187,19 +196,16 @@ def measure(me: Rank) -> None:
 
 
 def measure_death(me: Rank) -> None:
-    """The second engine's process is killed while the weights travel."""
+    """The second rank's engine is killed while the weights travel."""
     show = say if me.ranks.rank == 0 else (lambda *_: None)
     me.transport.timeout_s = KILL_S
     for group in getattr(me.transport, "_groups", {}).values():
         group.timeout_s = KILL_S
     me.engine("timeout", KILL_S)
     me.perturb()
-    me.ranks.barrier()
-    if me.ranks.rank == 1:
-        me.engine.process.kill()
     began_s = time.perf_counter()
     try:
-        me.sync()
+        me.sync(kill_after=len(me.policy.layout()) // 2 if me.ranks.rank == 1 else None)
         told = "nothing went wrong"
     except Exception as error:
         told = f"{type(error).__name__}: {str(error)[-300:]}"

@@ -86,6 +86,7 @@ class Engine:
     def __init__(self, kind: str, folder: str, options: dict[str, Any], cache: str):
         """`cache` is a folder for what vLLM compiles: engines that start at once must not share one."""
         environment = {"VLLM_DEEP_GEMM_WARMUP": "skip", "VLLM_USE_FLASHINFER_SAMPLER": "0", "NCCL_NVLS_ENABLE": "0"}
+        environment["VLLM_USE_DEEP_GEMM"] = "0"  # compiles its kernels of FP8 for minutes, when they are first needed
         environment["VLLM_CACHE_ROOT"] = cache
         context = multiprocessing.get_context("spawn")
         self.pipe, there = context.Pipe()

@@ -26,6 +26,7 @@ CONTEXT_BYTES = 600 * MIB
 NCCL_BYTES = 700 * MIB
 # Blocks that torch's allocator holds and cannot use: mixed lengths ask for other sizes in every micro-batch.
 UNUSABLE_SHARE = 0.04  # of activations and gradients
+UNUSABLE_SHARE_OF_RANKS = 0.18  # the same where ranks share weights: blocks wait for the streams that messages use
 MARGIN_SHARE = 0.06  # of the device, left free by a plan: half of what the estimate may be wrong by
 
 Recompute = Literal["none", "selective", "full"]
@@ -183,7 +184,8 @@ def trainer_memory(m: V3Config, layers: Sequence[LayerSize], work: TrainerWork, 
             if sum(moment.values()) > sum(best.values()):
                 best = moment
     rest |= {BUFFERS: buffers, CONTEXT: CONTEXT_BYTES + (NCCL_BYTES if work.dp > 1 or work.nccl else 0)}
-    parts = {**rest, **best, UNUSABLE: round(UNUSABLE_SHARE * sum(best.values()))}
+    unusable = UNUSABLE_SHARE if work.dp == 1 else UNUSABLE_SHARE_OF_RANKS
+    parts = {**rest, **best, UNUSABLE: round(unusable * sum(best.values()))}
     return Held({k: v for k, v in parts.items() if v}, sum(rest.values()))
 
 

@@ -196,12 +196,13 @@ class Run:
 
     async def publish(self, version: int) -> None:
         """Hands the trainer's weights to every engine and compares log-probabilities on the probe: that alone sees
-        what an engine derived or repacked from them."""
+        what an engine derived or repacked from them. What may be written now waits for that: the probe would stand
+        behind the prompts of a whole step."""
         await self.weigh()
         await self.handover.publish(version)
+        await self.check_agreement(version)
         async with self._published:
             self._published.notify_all()
-        await self.check_agreement(version)
 
     @property
     def version(self) -> int:

@@ -114,12 +114,13 @@ def policy_gradient(pair: Pair) -> dict[str, float]:
 
 
 def in_bfloat16(pair: Pair) -> dict[str, float]:
-    """Largest relative distance of a parameter's gradient."""
+    """Relative distance of every parameter's gradient. Experts are given: of about a hundred tokens one that takes
+    another because of the last bit of a score would be a tenth of an expert's gradient."""
     one, two = pair.both(dtype="bfloat16", lr=1e-3)
     for t in (one, two):
-        t.step([pack(samples(), 40)])
+        t.step([pack(samples(routed=lambda i: [[i % 4, (i + 1) % 4]] * 2), 40)])
     ours, theirs = moments(one), moments(two)
-    return {"gradients": max(float((a - theirs[n]).norm() / (a.norm() + 1e-9)) for n, a in ours.items())}
+    return {name: float((a - theirs[name]).norm() / (a.norm() + 1e-9)) for name, a in ours.items()}
 
 
 def every_way_of_summing(pair: Pair) -> dict[str, float]:

@@ -14,7 +14,7 @@ from parallel_checks import V3, samples
 from trainer.losses import LossOptions, policy_loss
 from trainer.model.config import V3Config
 from trainer.model.v3 import V3Model
-from trainer.packing import pack
+from trainer.packing import pack, to_device
 from trainer.parallel.pipeline import SCHEDULES, Pipeline
 from trainer.policy import PolicyOptions, V3Policy
 
@@ -33,6 +33,7 @@ def apart(schedule: str, device: torch.device) -> dict[str, float]:
     batches[0] = dataclasses.replace(
         batches[0], routed_experts=torch.tensor(replayed[0], dtype=torch.int16).expand(len(batches[0].tokens), 4, 2)
     )
+    batches = [to_device(batch, device) for batch in batches]
     losses: list[list[float]] = [[], []]
 
     def loss_of(which: int):

@@ -34,7 +34,8 @@ def test_policy_gradient(found):
 
 def test_policy_gradient_in_bfloat16(found):
     """Sums of numbers with 8 bits in another order, twelve roundings deep."""
-    assert found["in_bfloat16"]["gradients"] < 0.05
+    distances = found["in_bfloat16"]
+    assert max(distances.values()) < 0.05, sorted(distances.items(), key=lambda pair: -pair[1])[:5]
 
 
 def test_every_way_of_summing_gives_the_same_gradient(found):

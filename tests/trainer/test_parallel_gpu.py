@@ -38,7 +38,8 @@ def test_two_gpus_compute_what_one_does(found, check):
 
 def test_gradients_in_bfloat16(found):
     """Through the grouped products' own kernels, with buffers longer than their rows."""
-    assert found["in_bfloat16"]["gradients"] < 0.05
+    distances = found["in_bfloat16"]
+    assert max(distances.values()) < 0.05, sorted(distances.items(), key=lambda pair: -pair[1])[:5]
 
 
 def test_rank_0_is_given_the_whole_weights_bit_for_bit(found):
