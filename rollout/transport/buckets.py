@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from math import prod
 
 import torch
@@ -71,22 +72,22 @@ def sources(
     buckets: Sequence[Bucket], layout: Layout, tensors: Iterable[tuple[str, Tensor | None]]
 ) -> Iterator[tuple[Bucket, list[Tensor | None]]]:
     """Each bucket with the trainer's tensors that go into it, None where another rank has them; takes all of
-    `tensors`. Raises ValueError where they are not those of `layout`."""
-    lines, incoming, number = iter(layout), iter(tensors), 0
+    `tensors`. Raises ValueError where they are not those of `layout`.
+
+    Little is done for each tensor: a fast link leaves the host less than a millisecond for a bucket."""
+    incoming, number = iter(tensors), 0
     for bucket in buckets:
-        taken: list[Tensor | None] = []
-        for _ in bucket.groups:
-            name, shape, dtype = next(lines)
-            found = next(incoming, None)
-            if found is None:
-                raise ValueError(f"the weights ended after {number} of {len(layout)} tensors: {name} was to follow")
-            number += 1
-            tensor = found[1]
-            if found[0] != name or (tensor is not None and (tuple(tensor.shape), tensor.dtype) != (shape, dtype)):
+        offered = layout[number : number + len(bucket.groups)]
+        found = list(islice(incoming, len(offered)))
+        for (name, shape, dtype), (came, tensor) in zip(offered, found, strict=False):
+            if came != name or (tensor is not None and (tensor.shape != shape or tensor.dtype != dtype)):
                 kind = "" if tensor is None else f" {tuple(tensor.shape)} {tensor.dtype}"
-                raise ValueError(f"{found[0]}{kind} came where {name} {tuple(shape)} {dtype} was offered")
-            taken.append(None if tensor is None else tensor.detach())
-        yield bucket, taken
+                raise ValueError(f"{came}{kind} came where {name} {tuple(shape)} {dtype} was offered")
+        number += len(found)
+        if len(found) < len(offered):
+            name = offered[len(found)][0]
+            raise ValueError(f"the weights ended after {number} of {len(layout)} tensors: {name} was to follow")
+        yield bucket, [tensor for _, tensor in found]
     if (more := next(incoming, None)) is not None:
         raise ValueError(f"{more[0]} came behind the last of {len(layout)} tensors that were offered")
 
@@ -97,6 +98,8 @@ class Window:
     def __init__(self, buffer: Tensor):
         self.buffer = buffer  # uint8
         self._views: dict[Bucket, list[Tensor]] = {}
+        self._places: dict[Bucket, list[tuple[Tensor, ...]]] = {}
+        self._numbers_sent: dict[Bucket, Tensor] = {}
         self._readings: dict[Bucket, Reading] = {}
 
     def views(self, bucket: Bucket) -> list[Tensor]:
@@ -108,17 +111,23 @@ class Window:
             ]
         return self._views[bucket]
 
+    @torch.no_grad()
     def pack(self, bucket: Bucket, tensors: Sequence[Tensor]) -> None:
         """Copies the trainer's tensors into the buffer, in the form they travel in."""
-        views = iter(self.views(bucket))
-        put(tensors, [tuple(next(views) for _ in group) for group in bucket.groups])
+        if bucket not in self._places:
+            views = iter(self.views(bucket))
+            self._places[bucket] = [tuple(next(views) for _ in group) for group in bucket.groups]
+        put(tensors, self._places[bucket])
 
-    def numbers(self, bucket: Bucket) -> Int[Tensor, " entries"]:
+    def numbers(self, bucket: Bucket, out: Tensor | None = None) -> Int[Tensor, " entries"]:
         """The fingerprints of the bucket's tensors as they lie here, see `Reading`."""
         if bucket not in self._readings:
             self._readings[bucket] = Reading(self.views(bucket))
-        return self._readings[bucket]()
+        return self._readings[bucket](out)
 
     def numbers_sent(self, bucket: Bucket) -> Int[Tensor, " entries"]:
         """The place behind the tensors where their fingerprints travel."""
-        return self.buffer[bucket.nbytes : bucket.nbytes_with_numbers].view(torch.int64)
+        if bucket not in self._numbers_sent:
+            place = self.buffer[bucket.nbytes : bucket.nbytes_with_numbers]
+            self._numbers_sent[bucket] = place.view(torch.int64)
+        return self._numbers_sent[bucket]

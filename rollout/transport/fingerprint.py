@@ -54,12 +54,14 @@ class Reading:
             self.tensors = [t if readable(t) else t.contiguous().clone() for t in self.tensors]
             self._plan = Plan(self.tensors)
 
-    def __call__(self) -> Int[Tensor, " tensors"]:
-        """The numbers modulo 2^64, as int64 on the tensors' device; on a GPU nothing waits for them."""
+    def __call__(self, out: Tensor | None = None) -> Int[Tensor, " tensors"]:
+        """The numbers modulo 2^64, as int64 on the tensors' device (in `out`, where it is given); on a GPU nothing
+        waits for them."""
         if self._plan is not None:
-            return self._plan()
-        numbers = [(_sum_words(tensor) + tensor.numel()) % (1 << 64) for tensor in self.tensors]
-        return torch.tensor([n - (n >> 63 << 64) for n in numbers], dtype=torch.int64)
+            return self._plan(out)
+        sums = [(_sum_words(tensor) + tensor.numel()) % (1 << 64) for tensor in self.tensors]
+        numbers = torch.tensor([n - (n >> 63 << 64) for n in sums], dtype=torch.int64)
+        return numbers if out is None else out.copy_(numbers)
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ class NcclTransport:
         window = self._window(index % _IN_FLIGHT, mine, offer.device)
         window.pack(bucket, taken)
         if self.checks:
-            window.numbers_sent(bucket).copy_(window.numbers(bucket))
+            window.numbers(bucket, out=window.numbers_sent(bucket))
         works.append(group.broadcast(window.buffer[: bucket.nbytes_with_numbers]))
 
     def _send_alone(self, tensors: list[tuple[str, Tensor]], device: torch.device) -> None:

@@ -57,9 +57,12 @@ def parts(entries: Sequence[Entry]) -> Iterator[tuple[Entry, ...]]:
 
 def put(tensors: Sequence[Tensor], places: Sequence[tuple[Tensor, ...]]) -> None:
     """Writes each tensor to where it travels: cast, or with a place for scales quantized."""
+    if places and all(len(place) == 1 for place in places):
+        torch._foreach_copy_([place for (place,) in places], tensors)
+        return
     pairs = list(zip(tensors, places, strict=True))
     if plain := [(place[0], tensor) for tensor, place in pairs if len(place) == 1]:
-        torch._foreach_copy_(*map(list, zip(*plain, strict=True)), non_blocking=False)
+        torch._foreach_copy_(*map(list, zip(*plain, strict=True)))
     by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for tensor, place in pairs:
         if len(place) == 2:

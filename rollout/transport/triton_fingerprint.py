@@ -68,12 +68,12 @@ class Plan:
         parts = [part[:length] for part, length in zip(there, lengths, strict=True)]
         self._pointers, self._sizes, self._counts, self._tensor_of, self._first_of = parts
 
-    def __call__(self) -> Int[Tensor, " tensors"]:
-        """Fingerprints as int64, modulo 2^64, in the order of the current stream."""
+    def __call__(self, out: Tensor | None = None) -> Int[Tensor, " tensors"]:
+        """Fingerprints as int64, modulo 2^64 (in `out`, where it is given), in the order of the current stream."""
         total = len(self._tensor_of)
         sums = torch.empty(total, dtype=torch.int64, device=self.device)
         if total:
             launch = (self._pointers, self._sizes, self._tensor_of, self._first_of, sums, MULTIPLIER, BLOCK, ROUNDS)
             with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
                 _sum_words[(total,)](*launch)
-        return self._counts.clone().index_add_(0, self._tensor_of, sums)
+        return torch.index_add(self._counts, 0, self._tensor_of, sums, out=out)

@@ -97,9 +97,9 @@ class TrainerRank:
         began_s = time.monotonic()
         honest, count = Window.numbers, 0
 
-        def numbers(window: Window, bucket):
+        def numbers(window: Window, bucket, out=None):
             nonlocal count
-            found = honest(window, bucket)
+            found = honest(window, bucket, out)
             if count == damaged:
                 window.buffer[0] ^= 1
             count += 1
