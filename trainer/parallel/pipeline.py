@@ -223,8 +223,14 @@ class Pipeline:
         entering = torch.zeros(1, tokens, dtype=torch.int64, device=self.device) if index == 0 else hidden
         return PipelineStage(
             self.stages[index], index, self.count, self.device, input_args=(entering,), output_args=(hidden,),
-            group=self.group,
+            group=self.group, dw_builder=lambda: _no_gradients,
         )  # fmt: skip
+
+
+def _no_gradients() -> None:
+    """What is left of a stage's backward pass after the gradients of its inputs. The V-shaped schedules would make those
+    of weights later, when there is time; but torch (2.11) cannot split a pass whose nodes are functions of Python's, as
+    our kernels' are on a GPU, so both are made at once."""
 
 
 def fill_up(batch: Batch, tokens: int) -> Batch:
