@@ -228,9 +228,9 @@ class Pipeline:
 
 
 def _no_gradients() -> None:
-    """What is left of a stage's backward pass after the gradients of its inputs. The V-shaped schedules would make those
-    of weights later, when there is time; but torch (2.11) cannot split a pass whose nodes are functions of Python's, as
-    our kernels' are on a GPU, so both are made at once."""
+    """What is left of a stage's backward pass after the gradients of its inputs. The V-shaped schedules would make
+    those of weights later, when there is time; but torch 2.11 cannot split a pass whose nodes are functions of
+    Python's, as our kernels' are on a GPU, so both are made at once."""
 
 
 def fill_up(batch: Batch, tokens: int) -> Batch:
