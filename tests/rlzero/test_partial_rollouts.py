@@ -204,6 +204,7 @@ def test_kills_neither_lose_a_carried_prompt_nor_train_it_twice(write_config, tm
             run.kill()
     with TrainRecorded(config) as run:
         assert run.wait() == 0, run.text
+        assert "ActorDied" not in run.text  # nobody is told of the engines that the run ends while they write
     lines = [json.loads(line) for line in (run.run_dir / "trained.jsonl").read_text().splitlines()]
     by_step = {line["step"]: line["prompts"] for line in lines}
     trained = [prompt for step in range(STEPS) for prompt in by_step[step]]
