@@ -30,6 +30,10 @@ else
 endif
 INSTALL := $(UV) install --quiet --python $(BIN)/python --overrides requirements/overrides.txt $(TORCH_BUILD)
 
+# uv leaves packages uncompiled. Where this is set, as many images do, each of a run's processes would compile torch and
+# Ray anew when it starts: seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 export OMP_NUM_THREADS ?= $(CORES)
 export TOKENIZERS_PARALLELISM ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0

@@ -44,6 +44,7 @@ def connect(address: str | None, cpus: int | None = None, store_bytes: int | Non
     failures.hush()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "30")  # a head that is gone: Ray ends this process
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes that nobody uses: actors get their own
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets any other work on the machine stall the actors
     # Where several machines cannot form a cluster, Ray takes 127.0.0.1 for this node and all its servers bind to that.
     # It offers no other way: an address of 127.0.0.1 given to ray.init is replaced by the outer one.

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from rlzero.config import Config, model_fields
 from rlzero.reading import UsageError
 from rollout.engine import Prompt
+from rollout.tokenizer import read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -156,10 +157,8 @@ def load_function(address: str) -> Callable:
 
 def load_tokenizer(path: str | Path) -> Any:
     """The Hugging Face tokenizer in folder `path`. Raises `DataError` where there is none or it has no EOS."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = read_tokenizer(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: no tokenizer could be loaded: {str(error).splitlines()[0]}\n"

@@ -157,7 +157,9 @@ class Fleet:
     def _poll(self, index: int) -> None:
         if self.open[index] and index not in self.bare and all(index != polled for polled, _ in self._polls.values()):
             call = self.workers[index].submit("completed", POLL_S, gather_s=GATHER_S)
-            self._polls[asyncio.wrap_future(call.future())] = (index, self.workers[index])
+            poll = asyncio.wrap_future(call.future())
+            poll.add_done_callback(_heard)
+            self._polls[poll] = (index, self.workers[index])
 
     # --- weights and life --------------------------------------------------------------------------------------------
 
@@ -253,3 +255,10 @@ def room(max_batch: int) -> int:
     """Requests that a worker may have open whose engine writes `max_batch` at once: an eighth more, to follow without
     a pause where some end."""
     return max_batch + -(-max_batch // 8)
+
+
+def _heard(poll: asyncio.Future) -> None:
+    """Whoever asks for the poll is told what it raised; at a run's end, where workers are killed, nobody asks, and
+    asyncio would complain of that."""
+    if not poll.cancelled():
+        poll.exception()

@@ -90,18 +90,15 @@ class Run:
                 config.policy, config.optimizer, config.loss,
                 seed=config.seed, device="cuda" if on_gpus(config) else "cpu", parallel=config.parallel,
             )  # fmt: skip
-            folder = str(config.policy.path)
-            if self.start_from is not None:
-                await self.trainer.ready(config.cluster.deadline_s)
-                state = await self.trainer.call("load", str(self.start_from))
-                self._restore(state)
-                folder = str(self.start_from)
             if placed.shares_gpus:  # an engine takes what it finds free, and does not bear that it changes meanwhile
-                await self.trainer.ready(config.cluster.deadline_s)
+                await self._open_trainer()
                 await self.trainer.call("release")
+            folder = str(self.start_from or config.policy.path)
             self.fleet = Fleet(self.cluster, kind, folder, self._engine_options(kind))
             self.writer = Writer(self.fleet, self.rewards)
             self.handover = Handover(config, kind, placed, self.trainer, self.fleet, self.sleep_level)
+            if self.start_from is not None and not placed.shares_gpus:
+                await self._open_trainer()  # awaited first: it knows best what is wrong with a checkpoint
             await asyncio.gather(self.trainer.ready(config.cluster.deadline_s), self.fleet.ready())
             await self.publish(version=self.step)
             self._step_began_s = time.monotonic()  # the start is no part of the first step
@@ -110,6 +107,12 @@ class Run:
             raise
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self.stop)
         return self
+
+    async def _open_trainer(self) -> None:
+        """Returns once the trainer has its policy; in a resumed run, once all is as the checkpoint says."""
+        await self.trainer.ready(self.config.cluster.deadline_s)
+        if self.start_from is not None:
+            self._restore(await self.trainer.call("load", str(self.start_from)))
 
     async def __aexit__(self, *_: object) -> None:
         if self._writing is not None:

@@ -25,6 +25,7 @@ from rollout.engine import EngineUnusable, FinishReason, Request, Rollout
 from rollout.rows import Rows
 from rollout.sampler import sample
 from rollout.stop import StopFinder
+from rollout.tokenizer import read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -148,9 +149,7 @@ class TorchEngine:
         if not any((Path(path) / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
             log.warning("%s has no tokenizer: rollouts will carry no text, stop strings are refused", path)
             return None
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(path)
+        return read_tokenizer(path)
 
     # requests
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,7 +13,6 @@ import torch.distributed as dist
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
@@ -98,7 +98,7 @@ class _State:
 
 def shard_groups(name: str, parameter: Tensor) -> Sequence[dist.ProcessGroup]:
     """The process groups over which a parameter is split: those of a DTensor's sharded mesh dimensions."""
-    if not isinstance(parameter, DTensor):
+    if not _is_shard(parameter):
         return ()
     mesh = parameter.device_mesh
     return tuple(mesh.get_group(i) for i, p in enumerate(parameter.placements) if not p.is_replicate())
@@ -140,7 +140,7 @@ class Optimizer:
     def _make_master(self, parameter: Parameter) -> Tensor:
         if parameter.dtype == torch.float32:
             return parameter
-        in_halves = self._fused and self.options.algorithm == "adamw" and not isinstance(parameter, DTensor)
+        in_halves = self._fused and self.options.algorithm == "adamw" and not _is_shard(parameter)
         if in_halves and parameter.dtype == torch.bfloat16:
             return torch.zeros_like(parameter, dtype=torch.int16, requires_grad=False)
         return parameter.detach().float()
@@ -294,7 +294,7 @@ class Optimizer:
         return self.parameters[name].ndim >= 2 and not NOT_MUON & set(name.split("."))
 
     def _make_muon(self) -> torch.optim.Muon:
-        sharded = sorted(name for name in self._matrices if isinstance(self.parameters[name], DTensor))
+        sharded = sorted(name for name in self._matrices if _is_shard(self.parameters[name]))
         if sharded:
             raise ValueError(
                 f"algorithm muon needs whole matrices, and {len(sharded)} parameters are sharded (the first: "
@@ -418,13 +418,21 @@ def _summing(gradients: dict[str, Tensor], name: str) -> Callable[[Parameter], N
     return hook
 
 
+def _is_shard(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. Where nobody imported them nothing is; that takes 2 s, and one rank needs none."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of it, the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_shard(tensor) else tensor
 
 
 def _take(ours: Tensor, given: Tensor) -> None:
-    if isinstance(ours, DTensor) and not isinstance(given, DTensor):
+    if _is_shard(ours) and not _is_shard(given):
+        from torch.distributed.tensor import distribute_tensor
+
         given = distribute_tensor(given.to(ours.device), ours.device_mesh, ours.placements)
     _local(ours).copy_(_local(given))
 

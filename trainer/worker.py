@@ -21,13 +21,11 @@ from torch import Tensor
 from trainer import checkpoint
 from trainer.balance import BalanceKind, agreement_metrics, router_metrics
 from trainer.batch import Batch
-from trainer.checkpoint import CheckpointError
+from trainer.checkpoint import SHARDS, WHOLE, CheckpointError
 from trainer.device_memory import device_memory
 from trainer.losses import LossOptions, Metrics, combine_metrics, policy_loss
 from trainer.optimizer import Optimizer, OptimizerOptions
 from trainer.packing import Sample, pack, to_device
-from trainer.parallel.checkpoint import SHARDS, WHOLE, load_shards, read_shards, save_shards
-from trainer.parallel.policy import ShardedV3Policy, load_sharded_policy
 from trainer.parallel.ranks import ParallelOptions, Ranks, Rendezvous, Share
 from trainer.policy import Policy, PolicyOptions, load_policy
 from trainer.transfer import Readback
@@ -67,6 +65,9 @@ class Trainer:
         if self.ranks.size == 1:
             self.policy: Policy = load_policy(policy, self.device, seed)
         else:
+            # Sharding and its checkpoints are imported where there are several ranks: that takes 2 s.
+            from trainer.parallel.policy import load_sharded_policy
+
             self.policy = load_sharded_policy(policy, self.ranks, seed)
         self.reference: Policy | None = None
         self._reference_refreshed = False  # else it is the policy that the options name
@@ -254,7 +255,9 @@ class Trainer:
         with self._writing(folder) as partial:
             self.policy.save(partial)
             inside = partial / checkpoint.STATE
-            if isinstance(self.policy, ShardedV3Policy):
+            if self.ranks.size > 1:
+                from trainer.parallel.checkpoint import save_shards
+
                 save_shards(inside, self.policy, self.optimizer)
             else:
                 save_file(_to_cpu(self.optimizer.state()), inside / WHOLE)
@@ -286,9 +289,13 @@ class Trainer:
             state = json.loads((inside / "state.json").read_text())
             self.policy.load_weights(folder)
             steps = state["trainer"]["optimizer_steps"]
-            if isinstance(self.policy, ShardedV3Policy):
+            if self.ranks.size > 1:
+                from trainer.parallel.checkpoint import load_shards
+
                 load_shards(inside, self.policy, self.optimizer, steps)
             elif (inside / SHARDS).is_dir():
+                from trainer.parallel.checkpoint import read_shards
+
                 self.optimizer.load_state(read_shards(inside), steps)
             else:
                 self.optimizer.load_state(load_file(inside / WHOLE), steps)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import select
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,9 @@ def test_a_sandbox_that_died_is_replaced():
     assert code_reward(good, ADD).verdict == "correct"
     for sandbox in code._sandboxes.values():
         sandbox._process.kill()
+        hung_up = select.poll()  # the forking process dies a moment after its parent, and could still do a job
+        hung_up.register(sandbox._control.line, select.POLLHUP)
+        assert hung_up.poll(10_000)
     assert code_reward(good, ADD).verdict == "error"
     assert code_reward(good, ADD).verdict == "correct"
 

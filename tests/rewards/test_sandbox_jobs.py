@@ -1,6 +1,7 @@
 """Jobs: what honest programs may do, how deadlines and byte counts end the others, and that nothing is left behind."""
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -316,6 +317,9 @@ def _alive(pid: int) -> bool:
 def test_a_dead_zygote_is_an_error_of_ours():
     with Sandbox() as one:
         one._process.kill()
+        hung_up = select.poll()  # the forking process dies a moment after its parent, and could still do a job
+        hung_up.register(one._control.line, select.POLLHUP)
+        assert hung_up.poll(10_000)
         with pytest.raises(SandboxError, match="zygote"):
             one.call("def f(x): return x", "f", inputs(1))
         assert one.closed

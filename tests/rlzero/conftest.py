@@ -7,24 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import ray
 import torch
 import yaml
 
-from rlzero import base_text, cluster
+from rlzero import base_text
 from rlzero.runlog import read_lines
 from trainer.model.config import V3Config
 from trainer.policy import PolicyOptions, load_policy
-
-# Whether Ray asks for a token depends on what ran on this machine before; in this process it never does. Runs that the
-# tests start as commands keep Ray's own choice.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -192,11 +187,3 @@ def finished(write_config, tmp_path_factory) -> Path:
     with Train(write_config(tmp_path_factory.mktemp("finished"))) as train:
         assert train.wait() == 0, train.text
         return train.run_dir
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """One Ray of three CPUs for the module, started the way a run starts it."""
-    cluster.connect(None, cpus=3)
-    yield
-    ray.shutdown()

@@ -23,7 +23,7 @@ from rlzero.run import Run, checkpoints
 from rollout.worker import RolloutWorker
 from trainer import checkpoint
 
-STEP_S = 0.02  # what every step of a slow engine takes longer than its computation
+STEP_S = 0.01  # what every step of a slow engine takes longer than its computation
 
 
 class SlowWorker(RolloutWorker):

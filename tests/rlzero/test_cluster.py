@@ -119,20 +119,20 @@ def test_a_constructor_that_raises_is_no_death(local_ray, write_config, tmp_path
 
 
 def test_a_run_that_needs_more_than_there_is_fails_with_both_lists(local_ray, write_config, tmp_path):
-    config = Config.load(write_config(tmp_path, **{"rollout.workers": 5}))
+    config = Config.load(write_config(tmp_path, **{"rollout.workers": 6}))
     with pytest.raises(ClusterError) as caught:
         Cluster(config).__enter__()
     message = str(caught.value)
-    assert "3 of 6 bundles of processes find no node" in message
+    assert "3 of 7 bundles of processes find no node" in message
     needed, there = message.split("needed (")[1].split("nodes of the cluster:")
-    assert needed.count("1 CPU:") == 6 and there.count("3 CPU") == 1
+    assert needed.count("1 CPU:") == 7 and there.count("4 CPU") == 1
     groups = ray.util.placement_group_table().values()
     assert all(group["state"] == "REMOVED" for group in groups)  # nothing was started
 
 
 def test_gpus_that_are_not_there_are_missed(local_ray, write_config, tmp_path):
     config = Config.load(write_config(tmp_path, device="cuda", **{"cluster.placement": "disaggregated"}))
-    with pytest.raises(ClusterError, match=r"2 of 2 bundles(.|\n)*1 CPU \+ 1 GPU(.|\n)*nodes(.|\n)*3 CPU"):
+    with pytest.raises(ClusterError, match=r"2 of 2 bundles(.|\n)*1 CPU \+ 1 GPU(.|\n)*nodes(.|\n)*4 CPU"):
         check_resources(plan(config))
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from rewards.score import Score
+from rlzero import launch
 from rlzero.actors import TrainerActor
-from rlzero.config import Reward
+from rlzero.config import Config, Reward
 from rlzero.groups import Graded, Group
 from rlzero.metrics import Written
 from rlzero.runlog import read_lines
@@ -15,8 +16,6 @@ from rollout.engine import Prompt, Rollout
 from rollout.transport.disk import DiskTransport
 from trainer.optimizer import OptimizerOptions
 from trainer.policy import PolicyOptions
-
-from .conftest import Train
 
 V3 = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2,
@@ -51,12 +50,12 @@ def test_prediction_layers_are_published_for_engines_that_draft_with_them(tmp_pa
     assert ("model.layers.2.eh_proj.weight" in names) is mtp and "model.layers.1.mlp.gate.weight" in names
 
 
-def test_a_run_with_replay_says_how_well_the_routers_agree(write_config, tmp_path):
+def test_a_run_with_replay_says_how_well_the_routers_agree(local_ray, write_config, tmp_path):
     """float32 on both sides: the trainer's router chooses what the engine's chose, for all but a near tie."""
     changes = {"steps": 2, "rollout.engine_args": {"return_routed_experts": True}, "evaluation.every": 0}
-    with Train(write_config(tmp_path, **changes)) as train:
-        assert train.wait() == 0, train.text
-        lines = read_lines(train.run_dir / "metrics.jsonl")
+    config = Config.load(write_config(tmp_path, **changes))
+    launch.train(config, resume=False)
+    lines = read_lines(config.run_dir / "metrics.jsonl")
     assert len(lines) == 2
     for line in lines:
         assert 0.99 < line["router_agreement"] <= line["router_overlap"] <= 1 and line["gap"] < 1e-4

@@ -62,7 +62,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(finished, write_config, tmp_
 
 @pytest.mark.parametrize(("placement", "transport"), [("colocated", "ipc"), ("disaggregated", "nccl")])
 def test_the_weights_of_two_ranks_travel_while_they_are_gathered(
-    placement, transport, finished, write_config, tmp_path
+    placement, transport, local_ray, finished, write_config, tmp_path
 ):
     """Colocated each engine takes them from its own rank. Ranks share the experts out, engines hold all of them; one of
     the engines dies between the steps."""
@@ -188,10 +188,10 @@ def test_ranks_that_cannot_load_their_policy_end_the_start_with_what_is_wrong(lo
 
 
 def test_ranks_that_the_cluster_cannot_hold_are_refused_before_anything_starts(local_ray, write_config, tmp_path):
-    config = Config.load(write_config(tmp_path, **{"parallel.dp": 4}))
+    config = Config.load(write_config(tmp_path, **{"parallel.dp": 5}))
     with pytest.raises(ClusterError) as caught:
         Cluster(config).__enter__()
-    assert "2 of 5 bundles of processes find no node" in str(caught.value)
-    assert "1 CPU: trainer rank 3" in str(caught.value)
+    assert "2 of 6 bundles of processes find no node" in str(caught.value)
+    assert "1 CPU: trainer rank 4" in str(caught.value)
     groups = ray.util.placement_group_table().values()
     assert all(group["state"] == "REMOVED" for group in groups)

@@ -116,12 +116,15 @@ class TrainerRank:
 class EngineEnd:
     """Receives, and says what arrived."""
 
-    def __init__(self, kind: str, timeout_s: float, engines: int):
+    def __init__(self):
+        self.transport: Any = None
+
+    def use(self, kind: str, timeout_s: float, engines: int) -> None:
+        """From now on weights come this way."""
+        if self.transport is not None:
+            self.transport.close()
         self.transport = IpcTransport(timeout_s=timeout_s) if kind == "ipc" else NcclTransport(engines)
         self.transport.timeout_s = timeout_s
-
-    def is_up(self) -> bool:
-        return True
 
     def receive(self, handle: Any, dies_after: int | None = None) -> dict[str, int]:
         """Fingerprints of what arrived, taken here; the process dies after so many tensors."""

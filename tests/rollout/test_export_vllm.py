@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +10,14 @@ import pytest
 import torch
 
 from rollout.probe import gap, probe_sequences
-from tests.rollout.test_vllm_engine import CONTEXT, VOCAB, Engines, save_tokenizer
+from tests.rollout.test_vllm_engine import VOCAB, save_tokenizer
+from tests.rollout.vllm_process import CONTEXT, ON_GPU, Engines
 from trainer.model import hf
 from trainer.model.config import V3Config
 from trainer.model.v3 import V3Model
 
 pytestmark = pytest.mark.timeout(170)
 
-ON_GPU = torch.cuda.is_available()
 # Low-rank queries, YaRN beyond the original context, two groups of experts, an MTP layer that an engine leaves aside.
 # All sides but kv_a_proj's 576 rows are multiples of 128, which vLLM's FP8 wants.
 CONFIG = V3Config(
@@ -52,12 +51,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def engines(folders) -> Iterator[Engines]:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    engines = Engines(folders)
+def engines(folders, vllm_process) -> Iterator[Engines]:
+    engines = Engines(folders, vllm_process)
     yield engines
     engines.close()
-    engines.manager.shutdown()
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ model in float32. A briefly trained model, so that drafts are accepted."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.managers import BaseManager, RemoteError
@@ -18,17 +17,8 @@ from torch import Tensor
 from rollout.engine import Request, Rollout, Sampling, generate
 from rollout.probe import gap
 from rollout.transport.ipc import IpcTransport
-from tests.rollout.test_vllm_engine import (
-    DTYPE,
-    ON_GPU,
-    VOCAB,
-    Engines,
-    EngineUnderTest,
-    finish,
-    install,
-    near,
-    save_tokenizer,
-)
+from tests.rollout.test_vllm_engine import DTYPE, VOCAB, finish, install, near, save_tokenizer
+from tests.rollout.vllm_process import ON_GPU, Engines, EngineUnderTest, started
 from trainer.model import hf
 from trainer.model.config import V3Config
 from trainer.model.v3 import V3Model
@@ -98,11 +88,11 @@ def policy(tmp_path_factory) -> tuple[V3Model, Path]:
 
 @pytest.fixture(scope="module")
 def engines(policy) -> Iterator[Engines]:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    engines = Engines({"mtp": policy[1]}, SpeculatingProcess)
+    process = started(SpeculatingProcess)
+    engines = Engines({"mtp": policy[1]}, process)
     yield engines
     engines.close()
-    engines.manager.shutdown()
+    process.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -297,10 +287,7 @@ if ON_GPU:
 
 else:
 
-    def test_the_cpu_build_as_it_is_refuses_speculation(engines, policy):
-        from tests.rollout.test_vllm_engine import EngineProcess
-
-        plain = Engines({"mtp": policy[1]}, EngineProcess)
+    def test_the_cpu_build_as_it_is_refuses_speculation(policy, vllm_process):
+        plain = Engines({"mtp": policy[1]}, vllm_process)
         with pytest.raises(RemoteError, match="gets the log-probabilities of speculative decoding wrong"):
             plain.get("mtp", DTYPE, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
-        plain.manager.shutdown()

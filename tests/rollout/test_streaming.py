@@ -26,30 +26,30 @@ START_S = 240.0  # of a process, on a machine that is busy
 class World:
     """Two ranks, and engines that can be started again."""
 
-    def __init__(self, kind: str):
+    def __init__(self):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self.kind, self.version = kind, 0
+        self.kind, self.version = "", 0
         self.ranks = [Process(TrainerRank, rank, address, 2) for rank in range(2)]
-        self.engines = [Process(EngineEnd, kind, TIMEOUT_S, 2) for _ in range(2)]
-        self.use(None)
-        self.await_engines()
+        self.engines = [Process(EngineEnd) for _ in range(2)]
 
-    def use(self, payload) -> None:
+    def use(self, kind: str, payload=None) -> None:
+        """From now on weights travel this way, in this form."""
+        if kind != self.kind:
+            for engine in self.engines:
+                engine.call("use", kind, TIMEOUT_S, 2)
+            assert [engine.answer(START_S) for engine in self.engines] == [None, None]
+        self.kind = kind
         for rank in self.ranks:
-            rank.call("use", self.kind, TIMEOUT_S, 1 if self.kind == "ipc" else 2, payload)
+            rank.call("use", kind, TIMEOUT_S, 1 if kind == "ipc" else 2, payload)
         assert [rank.answer(START_S) for rank in self.ranks] == [None, None]
-
-    def await_engines(self) -> None:
-        for engine in self.engines:
-            engine.call("is_up")
-        assert [engine.answer(START_S) for engine in self.engines] == [True, True]
 
     def restart(self, index: int) -> None:
         self.engines[index].close()
-        self.engines[index] = Process(EngineEnd, self.kind, TIMEOUT_S, 2)
-        self.await_engines()
+        self.engines[index] = Process(EngineEnd)
+        self.engines[index].call("use", self.kind, TIMEOUT_S, 2)
+        assert self.engines[index].answer(START_S) is None
 
     def sync(self, damaged=(None, None), absent=(), dies=()):
         """What ranks and engines answer to a sync of new weights (engines: None, of one that did not come or died)."""
@@ -77,11 +77,17 @@ class World:
             process.close()
 
 
-@pytest.fixture(scope="module", params=["ipc", "nccl"])
-def world(request):
-    world = World(request.param)
+@pytest.fixture(scope="module")
+def processes():
+    world = World()
     yield world
     world.close()
+
+
+@pytest.fixture(scope="module", params=["ipc", "nccl"])
+def world(request, processes):
+    processes.use(request.param)
+    return processes
 
 
 def test_every_engine_receives_every_bit_of_the_gathered_weights_sync_after_sync(world):
@@ -131,7 +137,7 @@ def test_an_engine_that_never_comes_holds_nobody(world):
 
 
 def test_block_fp8_of_gathered_weights_is_what_one_rank_alone_would_send(world):
-    world.use("fp8")
+    world.use(world.kind, "fp8")
     sent, received = world.sync()
     policy, alone = load_policy(PolicyOptions(**OPTIONS), "cpu", seed=world.version), IpcTransport(payload="fp8")
     manifest = alone.manifest(alone.publish(policy.weights(), world.version))

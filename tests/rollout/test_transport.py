@@ -19,13 +19,7 @@ from trainer.model.config import V3Config
 from trainer.model.hf import named_checkpoint_tensors, save_folder
 from trainer.model.v3 import V3Model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(num_cpus=1, object_store_memory=100 << 20, include_dashboard=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 TRANSPORTS = ["disk", "object_store", "object_store_in_small_buckets", "ipc", "ipc_in_small_buckets"]
 

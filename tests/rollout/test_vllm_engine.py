@@ -1,19 +1,15 @@
 """The contract with vLLM, held on each supported release: the CPU build in float32 where there is no GPU, else the CUDA
 build in BF16 with graphs. The reference is transformers in float32.
-
-Engines live in one child process, one at a time: vLLM changes process-wide state, and the imports are paid once.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing import get_context
-from multiprocessing.managers import BaseManager, RemoteError
+from multiprocessing.managers import RemoteError
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +24,13 @@ from rollout.expected_weights import ExpectedWeights
 from rollout.probe import gap, probe_sequences
 from rollout.transport.base import describe_all
 from rollout.transport.ipc import IpcTransport
-from rollout.vllm_engine import VLLMEngine, check_release, request_seed
+from rollout.vllm_engine import check_release, request_seed
 from rollout.vllm_weights import Installed, copy_weights, differing, plan_copies
+from tests.rollout.vllm_process import CONTEXT, ON_GPU, Engines
 
-ON_GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.timeout(170), *([pytest.mark.gpu] if ON_GPU else [])]  # there all of it is about the GPU
 
-VOCAB, EOS, CONTEXT = 128, 1, 200
+VOCAB, EOS = 128, 1
 DTYPE = "bfloat16" if ON_GPU else "float32"  # vLLM's MLA has no float32 on a GPU
 EXACT = 1e-5  # nats at the worst token; float32 on both sides measured 1e-6 to 2e-6
 BF16 = 2e-2  # nats in the mean; measured 0.004 to 0.007 on a CPU
@@ -156,57 +152,6 @@ def perturbed(weights: Weights, pattern: str, seed: int) -> Weights:
     return rounded(moved)
 
 
-# ---- the engines' process ----
-
-
-class EngineUnderTest(VLLMEngine):
-    """Runs functions of the tests where the engine's model is."""
-
-    def inside(self, function, *args):
-        (answer,) = self._vllm.engine_core.collective_rpc(function, args=args)
-        return answer
-
-    def take(self, handle, version: int) -> Installed:
-        """An update through shared buffers."""
-        self.update(IpcTransport().receive(handle), version)
-        return self.installed
-
-
-class EngineProcess(BaseManager):
-    pass
-
-
-EngineProcess.register("VLLMEngine", EngineUnderTest)
-
-
-class Engines:
-    """Keeps one engine open at a time in the child process."""
-
-    def __init__(self, folders: dict[str, Path], process: type[BaseManager] = EngineProcess):
-        self.folders, self.open = folders, None
-        self.manager = process(ctx=get_context("spawn"))
-        self.manager.start()
-        self.pid = self.manager._process.pid
-
-    def get(self, model: str, dtype: str, **options):
-        key = (model, dtype, json.dumps(options))
-        if self.open is None or self.open[0] != key:
-            self.close()
-            names = ("sleep_level", "return_routed_experts", "max_batch")
-            own = {"max_batch": 32} | {name: options.pop(name) for name in names if name in options}
-            engine_args = {"enforce_eager": not ON_GPU, "kv_cache_memory_bytes": 32 << 20, **options}
-            engine = self.manager.VLLMEngine(
-                self.folders[model], dtype=dtype, max_context=CONTEXT, engine_args=engine_args, **own
-            )
-            self.open = (key, engine)
-        return self.open[1]
-
-    def close(self) -> None:
-        if self.open is not None:
-            self.open[1].close()
-            self.open = None
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     folders = {name: tmp_path_factory.mktemp(name) for name in ("v3", "qwen")}
@@ -216,12 +161,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def engines(folders) -> Iterator[Engines]:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores: the engine's threads beside this process's
-    engines = Engines(folders)
+def engines(folders, vllm_process) -> Iterator[Engines]:
+    engines = Engines(folders, vllm_process)
     yield engines
     engines.close()
-    engines.manager.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -654,7 +597,7 @@ def test_closed_engine_refuses_and_leaves_no_process(engines):
 )
 def test_options_that_cannot_hold_are_refused_before_the_start(engines, options, message):
     with pytest.raises(RemoteError, match=f"ValueError: .*{message}"):
-        engines.manager.VLLMEngine(engines.folders["v3"], **options)
+        engines.process.VLLMEngine(engines.folders["v3"], **options)
 
 
 # ---- pure parts ----

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from trainer.model.v3 import V3Model
 
 pytestmark = pytest.mark.timeout(170)
 
-ROOT = str(Path(__file__).parents[2])
 SEQUENCES = probe_sequences(64, count=4, length=24, without=(0, 1))
 SMALL_VLLM = {"max_context": 64, "enforce_eager": True, "kv_cache_memory_bytes": 16 << 20}
 
@@ -51,17 +49,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def actor_class() -> Iterator[type]:
-    environment = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
-    ray.init(
-        num_cpus=2,
-        object_store_memory=100 << 20,
-        include_dashboard=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": environment},
-    )
-    yield ray.remote(RolloutWorker)
-    ray.shutdown()
+def actor_class(local_ray) -> type:
+    return ray.remote(runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(RolloutWorker)
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from trainer.checkpoint import SHARDS, WHOLE
 from trainer.optimizer import Optimizer
 from trainer.parallel.policy import ShardedV3Policy
-
-SHARDS = "optimizer"  # folder of DCP's files
-WHOLE = "optimizer.safetensors"  # one rank's
 
 
 def save_shards(folder: Path, policy: ShardedV3Policy, optimizer: Optimizer) -> None:

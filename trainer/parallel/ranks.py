@@ -19,7 +19,6 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 
 from trainer.batch import Batch
 from trainer.losses import Metrics
@@ -210,6 +209,8 @@ class Ranks:
         summed over ranks at its end and weights gathered for it are given up."""
         if self.options.dp == 1:
             return
+        from torch.distributed.fsdp import FSDPModule  # 2 s, of which one rank has nothing
+
         assert isinstance(module, FSDPModule)
         module.set_requires_gradient_sync(last or self.options.reduce_each)
         module.set_reshard_after_backward(last or self.options.reshard)
