@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -29,12 +28,12 @@ from torch import Tensor
 from rollout.engine import EngineUnusable, Request, Rollout
 from rollout.expected_weights import ExpectedWeights
 from rollout.transport.base import Manifest
-from rollout.transport.disk import DiskTransport
 from rollout.transport.payload import engine_payload
 from rollout.vllm_draft import Drafts, keep_temperature_of_drafts
 from rollout.vllm_records import all_positions, continued, prompt_logprobs, request_seed, sampled_logprobs
+from rollout.vllm_relay import Relay
 from rollout.vllm_serving import check_serving, drafts_from_policy
-from rollout.vllm_weights import Installed, Installer, reload
+from rollout.vllm_weights import Installed, Installer
 from trainer.model.config import FP8_BLOCKS
 
 OLDEST, NEWEST = (0, 25, 1), (0, 32, 0)
@@ -203,6 +202,7 @@ class VLLMEngine:
         self._closed = False
         self.installed: Installed | None = None  # how the last update came in
         self._updates = 0
+        self._relay: Relay | None = None  # to workers that are processes of their own
 
     # -- requests --
 
@@ -354,7 +354,7 @@ class VLLMEngine:
         self._held += [self._running.pop(running.request.id).request for running in unread]
         self._unusable = f"the update to version {version} did not finish"
         try:
-            self.installed = self._install(self._expected.checked(weights), getattr(weights, "manifest", None), version)
+            self.installed = self._install(weights, version)
         except BaseException as error:
             self._unusable = (
                 f"the update to version {version} failed and may have left weights of two versions ({error}); "
@@ -366,18 +366,15 @@ class VLLMEngine:
         self._updates += 1
         self._resume()
 
-    def _install(self, weights: Iterator[tuple[str, Tensor]], manifest: Manifest | None, version: int) -> Installed:
+    def _install(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Installed:
         core = self._vllm.engine_core
-        if self._vllm.vllm_config.parallel_config.world_size == 1:
-            (installed,) = core.collective_rpc(_install, args=(weights, manifest, self._expected.shapes))
-            return installed
-        # Workers are other processes of this host: they map one copy in shared memory.
-        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        with tempfile.TemporaryDirectory(prefix="rlzero-weights-", dir=memory) as folder:
-            transport = DiskTransport(folder)
-            published = transport.publish(weights, version)
-            core.collective_rpc(reload, args=(published,))
-            return Installed("reload", len(transport.manifest(published).entries), 0)
+        workers = self._vllm.vllm_config.parallel_config.world_size
+        if workers > 1:
+            self._relay = self._relay or Relay(core.collective_rpc, workers, self._expected)
+            return self._relay.install(weights, version)
+        checked, manifest = self._expected.checked(weights), getattr(weights, "manifest", None)
+        (installed,) = core.collective_rpc(_install, args=(checked, manifest, self._expected.shapes))
+        return installed
 
     def score(self, sequences: list[list[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probability of every token given those before it, float32 [len(sequence)] each; entry 0 is 0.0. Running
@@ -450,6 +447,8 @@ class VLLMEngine:
             return
         self._closed = True
         self._running.clear()
+        if self._relay is not None:
+            self._relay.close()
         self._vllm.engine_core.shutdown()
         del self._vllm
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
