@@ -149,7 +149,10 @@ class PartsInstaller:
         """Installs a complete set. Raises CorruptWeights, naming the tensors, when the worker then holds something else
         than arrived."""
         if self.direct:
-            return self._copied(buckets, entries)
+            self.direct = None  # an update that fails is followed by a reload, which shows again what is right
+            installed = self._copied(buckets, entries)
+            self.direct = True
+            return installed
         plan = self._attempt(lambda: self._plan(entries)) if self.direct is None else None
         parts = Parts(plan, entries) if plan is not None else None
         reload(self.worker, _flat(buckets, parts))

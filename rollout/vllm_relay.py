@@ -132,20 +132,25 @@ class Relay:
         arriving = itertools.chain([first], checked)
         if carrier is None:
             return self._through_folder(arriving, version)
-        installed = self._send(arriving, layout, version, carrier)
-        self._compare_sent(getattr(weights, "manifest", None), layout)
+        incoming = _Incoming(arriving)
+        try:
+            installed = self._send(incoming, layout, version, carrier)
+            self._compare_sent(getattr(weights, "manifest", None), layout)
+        except Exception as error:
+            if carrier.type == "cuda" and not incoming.broke:
+                self._carries[carrier] = False
+                self._tell(
+                    f"the next updates go through shared memory: the one over buffers on {carrier} failed: {error}"
+                )
+            raise
         return installed
 
-    def _send(
-        self, arriving: Iterable[tuple[str, Tensor]], layout: Layout, version: int, carrier: torch.device
-    ) -> Installed:
+    def _send(self, arriving: _Incoming, layout: Layout, version: int, carrier: torch.device) -> Installed:
         handle = self._transport.offer(layout, version, carrier)
         asking = _Asking(self._ask, install_relayed, (handle, self._expected.shapes))
-        # A bucket is packed when all its tensors are there; what arrives may be gone by then.
-        kept = ((name, tensor.clone()) for name, tensor in arriving)
         lost: NotReached | None = None
         try:
-            self._transport.send(kept, awaited=asking.is_alive)
+            self._transport.send(arriving, awaited=asking.is_alive)
         except NotReached as error:
             lost = error
         finally:
@@ -237,6 +242,27 @@ def verified_by_all(read: Sequence[np.ndarray | None], layout: Layout) -> int:
     elements = np.array([prod(shape) for _, shape, _ in layout], np.int64)
     each = np.stack(read)
     return int(((each >= 0).all(0) & (each.sum(0) >= elements)).sum())
+
+
+class _Incoming:
+    """Copies of arriving tensors: a bucket is packed when all its tensors are there, and a transport may have used
+    their memory again by then. `broke`: they did not arrive to the end."""
+
+    def __init__(self, arriving: Iterable[tuple[str, Tensor]]):
+        self._arriving, self.broke = iter(arriving), False
+
+    def __iter__(self) -> _Incoming:
+        return self
+
+    def __next__(self) -> tuple[str, Tensor]:
+        try:
+            name, tensor = next(self._arriving)
+        except StopIteration:
+            raise
+        except BaseException:
+            self.broke = True
+            raise
+        return name, tensor.clone()
 
 
 class _Asking(threading.Thread):

@@ -1,4 +1,4 @@
-"""How new weights get into a running vLLM model. With rollout.vllm_engine all that touches vLLM's internals.
+"""How new weights get into a running vLLM model. Of several workers that share one: rollout.vllm_parts.
 
 vLLM's own way, `reload_weights`, rebuilds layer after layer in their checkpoint form and repacks it: right wherever
 vLLM repacks, and slow. On a GPU most layers keep the checkpoint's layout, so a copy of every tensor to where it belongs
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Installed:
     """How an update came in: `way` is "direct" or "reload"; `verified` of `tensors` were read back from the engine's
-    own memory and found to be what was published."""
+    own memory and found to be what was published (with several workers: every part of them that one of these holds)."""
 
     way: str
     tensors: int
