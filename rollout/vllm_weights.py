@@ -1,4 +1,4 @@
-"""How new weights get into a running vLLM model. With rollout.vllm_engine all that touches vLLM's internals.
+"""How new weights get into a running vLLM model. Of several workers that share one: rollout.vllm_parts.
 
 vLLM's own way, `reload_weights`, rebuilds layer after layer in their checkpoint form and repacks it: right wherever
 vLLM repacks, and slow. On a GPU most layers keep the checkpoint's layout, so a copy of every tensor to where it belongs
@@ -17,150 +17,30 @@ Marlin, FlashInfer's and AITER's experts repack: they stay with `reload_weights`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.transport.base import CorruptWeights, Entry, Manifest
-from rollout.transport.disk import DiskTransport
 from rollout.transport.fingerprint import Reading, fingerprints
 from rollout.vllm_draft import draft_model, kept_for_draft, reload_draft
+from rollout.vllm_plan import DERIVED, CannotPlan, Copy, Weights, checkpoint_form, copy_weights, plan_copies, unwritten
 from rollout.vllm_serving import reset_expert_placement
 
 log = logging.getLogger(__name__)
-
-Weights = Iterable[tuple[str, Tensor]]
-_DERIVED = ("W_UV", "W_UK_T")  # of MLA: halves of kv_b_proj, absorbed into query and output
 
 
 @dataclass(frozen=True)
 class Installed:
     """How an update came in: `way` is "direct" or "reload"; `verified` of `tensors` were read back from the engine's
-    own memory and found to be what was published."""
+    own memory and found to be what was published (with several workers: every part of them that one of these holds)."""
 
     way: str
     tensors: int
     verified: int
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A part of a checkpoint tensor (as strides and offset into it, contiguous) and where the engine keeps it."""
-
-    target: Tensor
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    whole: bool  # all of the tensor, in its order
-
-    def part(self, tensor: Tensor) -> Tensor:
-        if self.whole:
-            return tensor.view(self.size)
-        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
-
-
-class CannotPlan(RuntimeError):
-    """vLLM does more with some tensor than copying it. The message says what."""
-
-
-class _Recorder(TorchDispatchMode):
-    """Writes down copies out of tensors without memory instead of making them."""
-
-    def __init__(self, sources: Mapping[int, str]):
-        super().__init__()
-        self.sources = sources  # storage -> checkpoint name
-        self.copies: dict[str, list[tuple[Tensor, Tensor]]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.copy_.default:
-            target, source = args[:2]
-            name = self.sources.get(source.untyped_storage()._cdata) if source.is_meta else None
-            if name is None or target.is_meta:
-                raise CannotPlan(f"what it copies from {tuple(source.shape)} is no part of a checkpoint tensor")
-            self.copies.setdefault(name, []).append((target, source))
-            return target
-        if func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default) and not args[0].is_meta:
-            return args[0]  # padding, which is filled already
-        return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def plan_copies(
-    load: Callable[[Weights], Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, torch.dtype] | None = None,
-) -> dict[str, list[Copy]]:
-    """The copies that `load` makes of checkpoint tensors of these shapes, by name; nothing is changed. Raises
-    CannotPlan where `load` does anything else with one of them."""
-    dtypes = dtypes or {}
-    tensors = {name: torch.empty(shape, dtype=dtypes.get(name), device="meta") for name, shape in shapes.items()}
-    recorder = _Recorder({tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()})
-    try:
-        with recorder:
-            load(iter(tensors.items()))
-    except CannotPlan:
-        raise
-    except Exception as error:
-        raise CannotPlan(f"{type(error).__name__}: {error}") from error
-    plan: dict[str, list[Copy]] = {}
-    for name, copies in recorder.copies.items():
-        for target, source in copies:
-            if target.shape != source.shape:
-                raise CannotPlan(f"{name} is broadcast from {tuple(source.shape)} to {tuple(target.shape)}")
-            offset = source.storage_offset()
-            whole = source.is_contiguous() and offset == 0 and source.numel() == tensors[name].numel()
-            copy = Copy(target.detach(), tuple(source.shape), tuple(source.stride()), offset, whole)
-            plan.setdefault(name, []).append(copy)
-    return plan
-
-
-@contextmanager
-def checkpoint_form(model: torch.nn.Module) -> Iterator[None]:
-    """The parameters as the model's loaders know them, over the memory that its kernels read. Layers that quantize
-    replace theirs by plain ones, which nothing can be loaded into; vLLM keeps what they were for its own reload.
-    Where a kernel's tensor has another shape or dtype, it stays what it is."""
-    from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
-    from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
-
-    held: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
-    try:
-        for layer in model.modules():
-            for name, form in get_layerwise_info(layer).restore_metadata[0].items():
-                parameter = layer._parameters.get(name)
-                if parameter is None or (parameter.shape, parameter.dtype) != (form.shape, form.dtype):
-                    continue
-                turned = parameter.data
-                turned.__class__, turned.__dict__ = form.__class__, form.__dict__.copy()
-                restore_layer_refs(turned, layer)
-                turned.weight_loader = _get_original_loader(turned)  # not the one that waits for a whole layer
-                held.append((layer, name, parameter))
-                layer._parameters[name] = turned
-        yield
-    finally:
-        for layer, name, parameter in held:
-            layer._parameters[name] = parameter
-
-
-def unwritten(plan: Mapping[str, list[Copy]], model: torch.nn.Module) -> list[str]:
-    """Parameters of the model that no copy of the plan writes to; derived ones are computed."""
-    written = {copy.target.untyped_storage().data_ptr() for copies in plan.values() for copy in copies}
-    parameters = [(n, p) for n, p in model.named_parameters() if p.numel() and n.rpartition(".")[2] not in _DERIVED]
-    return [name for name, parameter in parameters if parameter.untyped_storage().data_ptr() not in written]
-
-
-@torch.no_grad()
-def copy_weights(plan: Mapping[str, list[Copy]], weights: Weights) -> None:
-    """Makes the plan's copies. A tensor that the plan does not know is one that the engine has no place for
-    (`load_weights` dropped it too)."""
-    for name, tensor in weights:
-        tensor = tensor.detach().contiguous()
-        for copy in plan.get(name, ()):
-            copy.target.copy_(copy.part(tensor), non_blocking=True)
 
 
 class ReadBack:
@@ -217,8 +97,8 @@ def differing(plan: Mapping[str, list[Copy]], entries: Sequence[Entry]) -> tuple
     return ReadBack(plan, entries).differing(entries)
 
 
-def reload(worker: Any, source: Weights | str) -> None:
-    """vLLM's own way, for weights from an iterator or from a published folder that every worker reads."""
+def reload(worker: Any, weights: Weights) -> None:
+    """vLLM's own way."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
@@ -233,7 +113,6 @@ def reload(worker: Any, source: Weights | str) -> None:
                 method.moe_kernel = None
     derived = derived_weights(model) if runner.device.type == "cuda" else []
     try:
-        weights = DiskTransport(source).receive(source) if isinstance(source, str) else source
         # vLLM keeps tensors until their layer is complete; a transport may use their memory again before that.
         weights = ((name, tensor.clone()) for name, tensor in weights)
         kept: list[tuple[str, Tensor]] = []
@@ -265,9 +144,9 @@ def derived_weights(model: torch.nn.Module) -> list[tuple[torch.nn.Module, dict[
         if not isinstance(layer, MLAAttention):
             continue
         source = layer.kv_b_proj.weight.untyped_storage().data_ptr()
-        held = {name: getattr(layer, name, None) for name in _DERIVED}
+        held = {name: getattr(layer, name, None) for name in DERIVED}
         if any(tensor is None for tensor in held.values()):
-            raise CannotPlan(f"this vLLM's MLA layer has no {' or '.join(_DERIVED)}: it derives other weights")
+            raise CannotPlan(f"this vLLM's MLA layer has no {' or '.join(DERIVED)}: it derives other weights")
         if any(tensor.untyped_storage().data_ptr() != source for tensor in held.values()):
             found.append((layer, held))
     return found
@@ -317,6 +196,32 @@ def bind_scales(model: torch.nn.Module) -> None:
         described.scale = parameter
 
 
+def served_models(runner: Any) -> list[torch.nn.Module]:
+    """What the worker serves, and what drafts for it."""
+    return [model for model in (runner.get_model(), draft_model(runner)) if model is not None]
+
+
+def planned(
+    model: torch.nn.Module, config: Any, shapes: Mapping[str, tuple[int, ...]], entries: Sequence[Entry]
+) -> dict[str, list[Copy]]:
+    """The copies that the model's loaders make of these published tensors. Raises CannotPlan."""
+    if config.quantization is None:
+        return plan_copies(model.load_weights, shapes)
+    dtypes = {entry.name: getattr(torch, entry.dtype) for entry in entries}
+    with checkpoint_form(model):
+        plan = plan_copies(model.load_weights, shapes, dtypes)
+    if left := unwritten(plan, model):
+        raise CannotPlan(f"its loaders write nothing to {few(left)}")
+    return plan
+
+
+def read_where_loaded(model: torch.nn.Module, config: Any) -> None:
+    """Lets everything in a model that was just loaded read what its loaders write, or follow it."""
+    if config.quantization is not None:
+        bind_scales(model)
+    refresh_derived(model, config.dtype)
+
+
 class Installer:
     """Brings updates into the model of one worker in this process. `direct` None: goes directly once the first update
     has shown that it is right; False: always vLLM's way."""
@@ -335,7 +240,7 @@ class Installer:
         way = "direct" if self.direct else "reload"
         if self.direct:
             copy_weights(self.plan, counted)
-            for part in self._models():
+            for part in served_models(runner):
                 refresh_derived(part, runner.model_config.dtype)
         else:
             reload(self.worker, counted)
@@ -343,7 +248,7 @@ class Installer:
                 self._decide(manifest)
         verified, wrong = self.differing(manifest) if self.direct and manifest else (0, [])
         if wrong:
-            raise CorruptWeights(f"after the update the engine holds other weights than were published: {_few(wrong)}")
+            raise CorruptWeights(f"after the update the engine holds other weights than were published: {few(wrong)}")
         return Installed(way, counted.count, verified)
 
     def differing(self, manifest: Manifest) -> tuple[int, list[str]]:
@@ -353,20 +258,16 @@ class Installer:
             self._read_back = held = ReadBack(self.plan, manifest.entries)
         return held.differing(manifest.entries)
 
-    def _models(self) -> list[torch.nn.Module]:
-        """What the worker serves, and what drafts for it."""
-        runner = self.worker.model_runner
-        return [model for model in (runner.get_model(), draft_model(runner)) if model is not None]
-
     def _decide(self, manifest: Manifest) -> None:
         """Called with the published weights in the models, brought there by vLLM."""
         self.direct = False
+        runner = self.worker.model_runner
         try:
             plan: dict[str, list[Copy]] = {}
-            for model in self._models():
-                for name, copies in self._planned(model, manifest).items():
+            for model in served_models(runner):
+                for name, copies in planned(model, runner.model_config, self.shapes, manifest.entries).items():
                     plan.setdefault(name, []).extend(copies)
-                refresh_derived(model, self.worker.model_runner.model_config.dtype)
+                read_where_loaded(model, runner.model_config)
             self.plan = plan
         except CannotPlan as error:
             log.warning("weights go through vLLM's reload_weights, which is slower: %s", error)
@@ -378,19 +279,8 @@ class Installer:
             log.warning(
                 "weights go through vLLM's reload_weights, which is slower: this engine keeps %d of %d tensors in "
                 "another form or dtype than they were published in (%s) and %d in parts",
-                len(other), placed, _few(other), placed - verified,
+                len(other), placed, few(other), placed - verified,
             )  # fmt: skip
-
-    def _planned(self, model: torch.nn.Module, manifest: Manifest) -> dict[str, list[Copy]]:
-        if self.worker.model_runner.model_config.quantization is None:
-            return plan_copies(model.load_weights, self.shapes)
-        dtypes = {entry.name: getattr(torch, entry.dtype) for entry in manifest.entries}
-        with checkpoint_form(model):
-            plan = plan_copies(model.load_weights, self.shapes, dtypes)
-        if left := unwritten(plan, model):
-            raise CannotPlan(f"its loaders write nothing to {_few(left)}")
-        bind_scales(model)
-        return plan
 
 
 class _Counted:
@@ -405,5 +295,5 @@ class _Counted:
             yield pair
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

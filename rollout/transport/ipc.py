@@ -16,7 +16,7 @@ rank serves, each bucket with its fingerprints beside it. An engine that never c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
@@ -35,7 +35,8 @@ class IpcTransport:
     `buffers` buffers of `bucket_bytes` each are taken on the first sync and kept (a tensor larger than that makes them
     as large as it). `payload` is the form that tensors are packed in; `timeout_s` is how long the trainer waits for an
     engine before it gives up, and half of how long an engine waits; `engines` is how many of them take each `send`
-    (0: this rank only gathers)."""
+    (0: this rank only gathers). A receiver that computes on another GPU than the buffers' names its own in `onto`: it
+    maps them there by peer access, without a CUDA context on theirs."""
 
     def __init__(
         self,
@@ -44,20 +45,22 @@ class IpcTransport:
         payload: Payload = None,
         timeout_s: float = 120.0,
         engines: int = 1,
+        onto: torch.device | None = None,
     ):
         if bucket_bytes < 1 or buffers < 1 or engines < 0:
             raise ValueError(
                 f"bucket_bytes is {bucket_bytes}, buffers {buffers} and engines {engines}; expected at least 1, 1 and 0"
             )
         self.bucket_bytes, self.buffers, self.payload, self.timeout_s = bucket_bytes, buffers, payload, timeout_s
-        self.engines = engines
+        self.engines, self.onto = engines, onto
         self.checks = True  # False: arriving tensors are not compared, to measure what that costs
         self._server: Server | None = None
         self._attached: dict[tuple[str, int], Window] = {}
 
     def __reduce__(self) -> tuple:
         """Travels as what it was made with: its buffers and threads belong to this process."""
-        return IpcTransport, (self.bucket_bytes, self.buffers, self.payload, self.timeout_s, self.engines)
+        options = self.bucket_bytes, self.buffers, self.payload, self.timeout_s, self.engines, self.onto
+        return IpcTransport, options
 
     def publish(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> Published:
         """Offers the weights to every engine that asks until the next call. They are kept as a list."""
@@ -67,11 +70,16 @@ class IpcTransport:
         """The handle of weights that `send` will bring from `device` (default: the current GPU, where there is one)."""
         return self._serving().offer(list(layout), version, device or _current_device())
 
-    def send(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Brings what was offered to `engines` engines, while they receive it; see `SentTransport`."""
+    def send(self, tensors: Iterable[tuple[str, Tensor]], awaited: Callable[[], bool] = lambda: True) -> None:
+        """Brings what was offered to `engines` engines, while they receive it; see `SentTransport`. Raises NotReached.
+        Engines that have not come are waited for while `awaited` says so, `timeout_s` at most."""
         if self._server is None:
             raise RuntimeError("nothing was offered: call offer before send")
-        self._server.send(tensors)
+        self._server.send(tensors, awaited)
+
+    def sent(self) -> list[int]:
+        """The fingerprints of what the last `send` brought, in order; fewer where no engine was left to bring it to."""
+        return [] if self._server is None else [number % (1 << 64) for number in self._server.sent]
 
     def _serving(self) -> Server:
         if self._server is None:
@@ -85,6 +93,10 @@ class IpcTransport:
         manifest = Manifest(handle.manifest.version, handle.manifest.entries)
         return Received(manifest, self._tensors(handle, manifest))
 
+    def receive_buckets(self, handle: Published) -> Iterator[list[tuple[str, Tensor]]]:
+        """`receive`, a bucket at a time: its tensors hold together until the next bucket is asked for."""
+        return self._buckets(handle, Manifest(handle.manifest.version, handle.manifest.entries))
+
     def close(self) -> None:
         """Frees the buffers. Publications that were not received are gone."""
         self._attached.clear()
@@ -93,22 +105,27 @@ class IpcTransport:
             self._server = None
 
     def _tensors(self, handle: Published, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-        device = _device_of(handle.device)
+        with contextlib.closing(self._buckets(handle, manifest)) as buckets:
+            for bucket in buckets:
+                yield from bucket
+
+    def _buckets(self, handle: Published, manifest: Manifest) -> Iterator[list[tuple[str, Tensor]]]:
+        device = _device_of(handle.device, self.onto)
         known = [number for address, number in self._attached if address == handle.address]
         checks = Checks()
         with _called(handle) as server:
             server.send((manifest.version, known))
             for index, bucket in enumerate(buckets_of(handle.manifest.entries, handle.bucket_bytes)):
                 number, shared, sent = self._expect(server, index)
-                window = self._window(handle.address, number, shared, device)
+                window = self._window(handle, number, shared, device)
                 if self.checks:
                     entries = handle.manifest.entries[bucket.first : bucket.first + len(bucket.entries)]
                     published = sent or [entry.fingerprint for entry in entries]
                     checks.add(bucket.entries, window.numbers(bucket), published)
-                for entry, tensor in zip(bucket.entries, window.views(bucket), strict=True):
-                    yield entry.name, tensor
-                if device.type == "cuda":
-                    torch.cuda.current_stream(device).synchronize()  # the copies out of this buffer are done
+                yield [(entry.name, view) for entry, view in zip(bucket.entries, window.views(bucket), strict=True)]
+                for copied_by in {device, self.onto or device}:
+                    if copied_by.type == "cuda":
+                        torch.cuda.current_stream(copied_by).synchronize()  # the copies out of this buffer are done
                 with contextlib.suppress(BrokenPipeError):  # why it hung up stands in what it sent last
                     server.send(index)
         if self.checks:
@@ -129,15 +146,17 @@ class IpcTransport:
             raise CorruptWeights(f"weights arrived out of order: bucket {found}, expected {index}")
         return number, shared, sent
 
-    def _window(self, address: str, number: int, shared: Any, device: torch.device) -> Window:
+    def _window(self, handle: Published, number: int, shared: Any, device: torch.device) -> Window:
         if shared is not None:
             # Buffers of a trainer that is gone, or that replaced them, are of no more use.
-            self._attached = {k: w for k, w in self._attached.items() if k[0] == address}
-            self._attached[address, number] = Window(_attach(shared, device))
-        return self._attached[address, number]
+            self._attached = {k: w for k, w in self._attached.items() if k[0] == handle.address}
+            memory = _attach(shared, device, by_peer=handle.device != uuid_of(device))
+            self._attached[handle.address, number] = Window(memory)
+        return self._attached[handle.address, number]
 
 
-def _attach(shared: Any, device: torch.device) -> Tensor:
+def _attach(shared: Any, device: torch.device, by_peer: bool = False) -> Tensor:
+    """The buffer, as a tensor of this device; `by_peer` where its memory is another GPU's."""
     if device.type == "cpu":
         path, nbytes = shared
         return torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
@@ -145,13 +164,18 @@ def _attach(shared: Any, device: torch.device) -> Tensor:
 
     arguments = list(shared)
     arguments[6] = device.index  # the trainer's number of the device; it may have another one here
+    if by_peer:
+        arguments[14] = False  # no waiting for the other GPU's event: a bucket is complete before it is announced
     return rebuild_cuda_tensor(*arguments)
 
 
-def _device_of(uuid: str) -> torch.device:
-    """This process's name for the device. Raises CorruptWeights where it cannot see it."""
+def _device_of(uuid: str, onto: torch.device | None = None) -> torch.device:
+    """This process's name for the device, or the GPU that its memory is mapped onto. Raises CorruptWeights where it
+    cannot see it."""
     if uuid == "cpu":
         return torch.device("cpu")
+    if onto is not None and onto.type == "cuda":
+        return onto
     seen = [uuid_of(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
     if uuid not in seen:
         raise CorruptWeights(

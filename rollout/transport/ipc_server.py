@@ -4,6 +4,7 @@ thread that answers engines, and the sending of what is gathered."""
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import secrets
 import shutil
@@ -11,8 +12,9 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
 
 _SHARED_MEMORY = "/dev/shm"
 _ROUND_BYTES = 1 << 20  # buffers are whole multiples
+_ASK_S = 0.1  # how often a sender asks whether the engines that have not come are still awaited
+
+
+class NotReached(RuntimeError):
+    """Not every engine has what was sent. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Buffer:
             memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         else:
             self._path = str(folder / str(self.number))
+            with open(self._path, "wb") as file:  # or the first write where shared memory is full ends the process
+                os.posix_fallocate(file.fileno(), 0, nbytes)
             memory = torch.from_file(self._path, shared=True, size=nbytes, dtype=torch.uint8)
         self.window = Window(memory)
 
@@ -95,6 +104,7 @@ class Server:
         self._tensors: list[tuple[str, Tensor]] = []
         self._version: int | None = None
         self._offered: int | None = None  # the version that `send` will bring
+        self.sent: list[int] = []  # the fingerprints of what the last `send` brought, modulo 2^64
         self._takers: queue.SimpleQueue[Taker] = queue.SimpleQueue()
         self._packed: list[Buffer] = []  # the whole publication, where the buffers hold it
         self._device = torch.device("cpu")
@@ -135,15 +145,18 @@ class Server:
     def _plan(self, layout: Layout, device: torch.device) -> None:
         self._layout, self._device, self._offered = layout, device, None
         self._buckets = buckets_of(travelling(layout, self.options.payload), self.options.bucket_bytes)
+        if self.options.payload is None:
+            self._buckets = _one_by_one(tuple(self._buckets))
 
     def _published(self, manifest: Manifest) -> Published:
         return Published(manifest, self.options.bucket_bytes, uuid_of(self._device), self.address, self.key)
 
-    def send(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def send(self, tensors: Iterable[tuple[str, Tensor]], awaited: Callable[[], bool]) -> None:
         version = self._offered
         if version is None:
             raise RuntimeError("nothing was offered: call offer before each send")
-        takers, lost = self._arrived()
+        takers, lost = self._arrived(awaited)
+        self.sent = []
         try:
             for index, (bucket, taken) in enumerate(sources(self._buckets, self._layout, tensors)):
                 if index >= self.options.buffers:
@@ -162,22 +175,24 @@ class Server:
                 taker.connection.close()
             self._hang_up("the weights had been sent already")
         if lost:
-            raise RuntimeError(
+            raise NotReached(
                 f"version {version} of the weights reached {self.options.engines - len(lost)} of "
                 f"{self.options.engines} engines: {'; '.join(lost)}"
             )
 
-    def _arrived(self) -> tuple[list[Taker], list[str]]:
+    def _arrived(self, awaited: Callable[[], bool]) -> tuple[list[Taker], list[str]]:
         """The engines that came for what was offered, and a line for each that did not."""
         takers: list[Taker] = []
-        until_s = time.monotonic() + self.options.timeout_s
+        begun_s = time.monotonic()
         while len(takers) < self.options.engines:
+            left_s = self.options.timeout_s - (time.monotonic() - begun_s) if awaited() else 0.0
             try:
-                takers.append(self._takers.get(timeout=max(0.0, until_s - time.monotonic())))
+                takers.append(self._takers.get(timeout=min(max(0.0, left_s), _ASK_S)))
             except queue.Empty:
-                break
-        absent = self.options.engines - len(takers)
-        return takers, [f"one never came within {self.options.timeout_s:g} s"] * absent
+                if left_s <= 0:
+                    break
+        why = f"one never came within {self.options.timeout_s:g} s" if awaited() else "one ended and had not come"
+        return takers, [why] * (self.options.engines - len(takers))
 
     def _send_bucket(
         self, takers: list[Taker], index: int, bucket: Bucket, taken: list[Tensor | None], lost: list[str]
@@ -185,6 +200,7 @@ class Server:
         buffer = self._buffer(index, bucket)
         buffer.window.pack(bucket, taken)
         numbers = buffer.window.numbers(bucket).tolist()  # on a GPU this waits until the bucket is packed
+        self.sent += numbers
         for taker in list(takers):
             shared = None if buffer.number in taker.known else buffer.shared()
             taker.known.add(buffer.number)
@@ -296,6 +312,12 @@ class Server:
         if not engine.poll(self.options.timeout_s):
             raise TimeoutError(f"one kept bucket {index} for more than {self.options.timeout_s:g} s")
         engine.recv()
+
+
+@lru_cache(maxsize=8)  # sync after sync the same objects: windows keep what they know of a bucket
+def _one_by_one(buckets: tuple[Bucket, ...]) -> list[Bucket]:
+    """The buckets for tensors that travel as they are: FP8 weights and their scales come one by one, too."""
+    return [replace(bucket, groups=[(entry,) for entry in bucket.entries]) for bucket in buckets]
 
 
 def _tell(engine: Connection, message: str) -> None:

@@ -4,6 +4,7 @@ stand in one process where the device does not matter: CUDA opens no handle in t
 from __future__ import annotations
 
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -173,3 +174,26 @@ def test_other_weights_than_were_offered_are_refused(transport):
     sent["layer.3.weight"] = sent["layer.3.weight"].float()
     with pytest.raises(ValueError, match=r"layer\.3\.weight \(19, 24\) torch.float32 came where layer\.3\.weight"):
         transport.send(sent.items())
+
+
+def test_weights_in_fp8_pass_with_their_scales_as_they_are(transport):
+    """What a process passes on that received FP8 itself: nothing is quantized again."""
+    weight = torch.randn(256, 128).to(torch.float8_e4m3fn)
+    sent = {"a.weight": weight, "a.weight_scale_inv": torch.rand(2, 1), "b.weight": torch.randn(4, 4)}
+    for version in (1, 2):
+        handle = transport.offer(layout_of(sent.items()), version, torch.device("cpu"))
+        with ThreadPoolExecutor(1) as pool:
+            arriving = pool.submit(received, IpcTransport(timeout_s=20.0), handle)
+            transport.send(sent.items())
+            found = arriving.result(20)
+        assert list(found) == list(sent) and fingerprints([*found.values()]) == fingerprints([*sent.values()])
+        assert transport.sent() == fingerprints([*sent.values()])
+
+
+def test_engines_that_nobody_awaits_any_more_are_not_waited_for(transport):
+    sent = weights()
+    transport.offer(layout_of(sent.items()), 1, torch.device("cpu"))
+    begun_s = time.monotonic()
+    with pytest.raises(RuntimeError, match="reached 0 of 1 engines: one ended and had not come"):
+        transport.send(sent.items(), awaited=lambda: time.monotonic() < begun_s + 0.3)
+    assert time.monotonic() - begun_s < 10

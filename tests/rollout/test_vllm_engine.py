@@ -25,7 +25,8 @@ from rollout.probe import gap, probe_sequences
 from rollout.transport.base import describe_all
 from rollout.transport.ipc import IpcTransport
 from rollout.vllm_engine import check_release, request_seed
-from rollout.vllm_weights import Installed, copy_weights, differing, plan_copies
+from rollout.vllm_plan import copy_weights, plan_copies
+from rollout.vllm_weights import Installed, differing
 from tests.rollout.vllm_process import CONTEXT, ON_GPU, Engines
 
 pytestmark = [pytest.mark.timeout(170), *([pytest.mark.gpu] if ON_GPU else [])]  # there all of it is about the GPU
@@ -75,14 +76,15 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def save_v3(folder: Path) -> None:
+def save_v3(folder: Path, heads: int = 2, expert: int = 32) -> None:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.manual_seed(0)
     config = DeepseekV3Config(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=3,
-        first_k_dense_replace=1, num_attention_heads=2, num_key_value_heads=2, n_routed_experts=8, n_shared_experts=1,
-        num_experts_per_tok=2, n_group=2, topk_group=1, routed_scaling_factor=1.5, q_lora_rank=32, kv_lora_rank=512,
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, moe_intermediate_size=expert, num_hidden_layers=3,
+        first_k_dense_replace=1, num_attention_heads=heads, num_key_value_heads=heads, n_routed_experts=8,
+        n_shared_experts=1, num_experts_per_tok=2, n_group=2, topk_group=1, routed_scaling_factor=1.5, q_lora_rank=32,
+        kv_lora_rank=512,
         qk_nope_head_dim=32, qk_rope_head_dim=64, v_head_dim=32, max_position_embeddings=512, initializer_range=0.08,
         bos_token_id=0, eos_token_id=EOS, pad_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip
