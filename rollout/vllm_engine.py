@@ -29,6 +29,7 @@ from rollout.transport.payload import engine_payload
 from rollout.vllm_draft import Drafts, keep_temperature_of_drafts
 from rollout.vllm_records import all_positions, continued, prompt_logprobs, request_seed, sampled_logprobs
 from rollout.vllm_relay import Relay
+from rollout.vllm_sampling import draw_together
 from rollout.vllm_serving import check_serving, drafts_from_policy
 from rollout.vllm_start import (
     ENVIRONMENT,
@@ -154,6 +155,8 @@ class VLLMEngine:
         if self.on_cpu:
             arguments = on_cpu(arguments)
         self._vllm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        if not self.on_cpu:
+            draw_together(self._vllm.engine_core.collective_rpc)
         speculates = arguments.get("speculative_config")
         self._drafts = Drafts(self._vllm.engine_core.engine_core.scheduler) if speculates else None
         self._tokenizer = self._vllm.get_tokenizer() if self.has_tokenizer else None
