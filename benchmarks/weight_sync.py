@@ -366,7 +366,8 @@ def measure_transfer(trainer: TrainerSide, engine: Engine, transport: Any) -> No
     say("engine: receive with fingerprints compared, not installed", found[True], "s")
     ratios = f"{found[False] / plain_s:.3g} and {found[True] / plain_s:.3g}"
     say("receive / plain broadcast, without and with fingerprints", ratios)
-    say("transfer, target met (at most 1.5 x the plain broadcast)", found[True] <= 1.5 * plain_s)
+    for checks, how in ((False, "transfer"), (True, "transfer, every fingerprint compared")):
+        say(f"{how}: target met (at most 1.5 x the plain broadcast)", found[checks] <= 1.5 * plain_s)
     handle = transport.publish(trainer.named.items(), 300)
     engine("hold", handle)
     transport.wait()

@@ -1,11 +1,11 @@
 """vLLM as a rollout engine. What touches vLLM's internals stands in the files rollout/vllm_*.py and nowhere else.
 
-Releases 0.25.1 (the one for CUDA and torch 2.11) to 0.32.0 are accepted, others refused. The contract tests were run on
-the CPU build of 0.32.0; for 0.25.1 the code was held against its source, not yet run on a GPU. The engine core runs in
-this process (no second Python process, nothing to clean up after a crash; tensor parallel workers are the exception),
-steps are driven by `completed`, and scheduling is synchronous, so that the tokens of a step belong to exactly one
-policy version. vLLM changes process-wide state (environment, `torch.set_num_threads`, the global seed): give the
-engine a process of its own, as `rollout.worker` does.
+Releases 0.25.1 (the one for CUDA and torch 2.11) to 0.32.0 are accepted, others refused. The contract tests run on
+the CPU build of 0.32.0; 0.25.1 was run on H100s (benchmarks/RESULTS.md). The engine core runs in this process (no
+second Python process, nothing to clean up after a crash; tensor parallel workers are the exception), steps are driven
+by `completed`, and scheduling is synchronous, so that the tokens of a step belong to exactly one policy version. vLLM
+changes process-wide state (environment, `torch.set_num_threads`, the global seed): give the engine a process of its
+own, as `rollout.worker` does.
 """
 
 from __future__ import annotations
