@@ -79,7 +79,7 @@ $(VENV)/.core: $(VENV)/.created requirements/cpu.txt requirements/overrides.txt 
 	@$(INSTALL) -r requirements/cpu.txt
 	@$(INSTALL) --no-deps --editable .
 	@echo "== compiling the torch engine's kernels"
-	@$(BIN)/python -m rollout.native.library
+	@$(BIN)/python -m rollout.torch.native.library
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core requirements/test.txt

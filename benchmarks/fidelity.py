@@ -42,10 +42,10 @@ import torch
 from benchmarks.worker_process import Engine
 from rollout.engine import Request, Rollout, Sampling
 from rollout.transport.ipc import IpcTransport
+from trainer.checkpoint import hf
 from trainer.losses import CORRECTION_BOUNDS, combine_metrics, correction_weight, gap_metrics
-from trainer.model import hf
-from trainer.model.config import V3Config
 from trainer.model.moe import agreement
+from trainer.model.v3_config import V3Config
 from trainer.packing import Sample, pack, to_device
 from trainer.policy import PolicyOptions, load_policy
 
@@ -305,7 +305,7 @@ def main() -> None:
 
     from trainer.losses import LossOptions
     from trainer.optimizer import OptimizerOptions
-    from trainer.worker import Trainer
+    from trainer.trainer import Trainer
 
     tiny, device = arguments.tiny, "cuda" if torch.cuda.is_available() else "cpu"
     text = Text(words=48 if tiny else 512)

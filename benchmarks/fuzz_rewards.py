@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rewards.countdown import countdown_reward
 from rewards.format import format_reward
 from rewards.math import decide, math_reward
 from rewards.math.boxes import find_answer
 from rewards.math.normal import Unreadable, normalise
 from rewards.math.shape import mismatch
+from rlzero.examples.countdown.reward import countdown_reward
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPOSSIBLE = "\\frac{7919}{7907}"  # two primes that no piece contains

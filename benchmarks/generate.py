@@ -20,7 +20,7 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from rollout.engine import Request, Sampling, generate
-from rollout.torch_engine import TorchEngine
+from rollout.torch.engine import TorchEngine
 
 DEMO = dict(
     vocab_size=200, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=4,

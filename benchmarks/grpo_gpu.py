@@ -84,7 +84,7 @@ def make_model(folder: Path, tiny: bool) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from benchmarks.weight_sync import model_config
-    from trainer.model.hf import save_folder
+    from trainer.checkpoint.hf import save_folder
     from trainer.model.layers import RMSNorm
     from trainer.model.v3 import V3Model
 
@@ -134,7 +134,7 @@ def config_of(name: str, folder: Path, output: Path, options: argparse.Namespace
     """The run's config."""
     import yaml
 
-    from rlzero.config import Config
+    from rlzero.config.rl import Config
 
     tiny = options.tiny
     shape = TINY if tiny else {"prompts": PROMPTS, "group": GROUP, "max_tokens": MAX_TOKENS, "micro_batch": MICRO_BATCH}
@@ -243,9 +243,9 @@ class Gpus:
 
 def run_once(config, gpus: Gpus, save: bool = False) -> dict[str, Any]:
     """Runs `config` to its end and returns its lines of metrics, when each step ended, and its plan."""
-    from rlzero import loop
-    from rlzero.run import Run
-    from rlzero.runlog import read_lines
+    from rlzero.report.log import read_lines
+    from rlzero.rl import loop
+    from rlzero.rl.run import Run
 
     class Watched(Run):
         """Notes how long engines take to sleep, which the loop counts as training, and saves no checkpoint."""
@@ -327,7 +327,7 @@ def memory_of(plan, lines: list[dict[str, float]]) -> dict[str, dict[str, float]
     CUDA's context is in the device's figure alone."""
     if plan is None:
         return {}
-    from rlzero.gpu_memory import CONTEXT
+    from rlzero.plan.gpu_memory import CONTEXT
 
     def largest(name: str) -> float:
         return max(line.get(name, 0.0) for line in lines)
@@ -405,8 +405,8 @@ def targets(done: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def learn(output: Path, options: argparse.Namespace) -> None:
     """The demo's 30 steps. Beside engine and device: BF16, vLLM's only type for MLA on a GPU, and the gap that comes
     with it."""
-    from rlzero.config import Config
-    from rlzero.report import summary
+    from rlzero.config.rl import Config
+    from rlzero.report.html import summary
 
     changed = [
         "device=cuda", "rollout.engine=vllm", "policy.dtype=bfloat16", "rollout.max_gap=0.1",
@@ -507,7 +507,7 @@ def main() -> None:
     if options.make:
         make_model(options.make, options.tiny)
         return
-    from rlzero import cluster
+    from rlzero.cluster import ray_cluster as cluster
 
     with tempfile.TemporaryDirectory(prefix="rlzero-grpo-gpu-") as temporary:
         folder, output = Path(temporary, "model"), Path(temporary, "runs")

@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from trainer.model.config import V3Config
-from trainer.model.hf import save_folder
+from trainer.checkpoint.hf import save_folder
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 
 PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS, MICRO_BATCH = 32, 8, 16, 64, 32
 LR = 1e-5
@@ -184,14 +184,14 @@ def trl_steps(folder: str, steps: int, between: Callable[[], None] = lambda: Non
 
 def our_steps(folder: str, threads: int) -> Iterator[Step]:
     """Timed steps of this project's engine and trainer, without end; the first is a warm-up."""
-    from rlzero.advantages import grpo
+    from rlzero.rl.advantages import grpo
     from rollout.engine import Request, Sampling, generate
-    from rollout.torch_engine import TorchEngine
+    from rollout.torch.engine import TorchEngine
     from trainer.losses import LossOptions
     from trainer.optimizer import OptimizerOptions
     from trainer.packing import Sample, pack
     from trainer.policy import PolicyOptions
-    from trainer.worker import Trainer
+    from trainer.trainer import Trainer
 
     engine = TorchEngine(folder, dtype="float32", threads=threads, max_batch=PROMPTS * GROUP)
     trainer = Trainer(

@@ -23,7 +23,8 @@ import torch
 from triton.testing import do_bench
 
 from benchmarks.train_step_gpu import V3_2B
-from trainer import head, triton_adamw, triton_head
+from trainer.model import head
+from trainer.model.kernels import triton_adamw, triton_head
 from trainer.model.v3 import V3Model
 from trainer.optimizer import Optimizer, OptimizerOptions, _norms
 

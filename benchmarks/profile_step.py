@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from trainer.model.config import V3Config
 from trainer.model.documents import group_documents
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 
 V3_2B = V3Config(
     vocab_size=32000, hidden_size=2048, intermediate_size=8192, moe_intermediate_size=768, num_hidden_layers=12,
@@ -99,7 +99,7 @@ class Step:
         return self.model(self.tokens, self.positions, self.bounds).hidden
 
     def loss(self, hidden: Tensor) -> Tensor:
-        from trainer.head import token_logprobs
+        from trainer.model.head import token_logprobs
 
         values, _ = token_logprobs(hidden, self.model.head, self.targets)
         return -values.mean()
@@ -375,7 +375,7 @@ def products() -> None:
 
 def kernels() -> None:
     """Time and bandwidth of the model's own kernels; bytes are what must be read and written once."""
-    from trainer.model import triton_moe, triton_norm, triton_rope, triton_route
+    from trainer.model.kernels import triton_moe, triton_norm, triton_rope, triton_route
 
     def show(name: str, work, size: float) -> None:
         time_s = seconds(work, repeats=12)
@@ -448,7 +448,7 @@ def kernels() -> None:
 
 
 def attention() -> None:
-    from trainer.model import gpu_attention
+    from trainer.model.kernels import gpu_attention
 
     c, heads = V3_2B, 16
     for layout, lengths in LAYOUTS.items():

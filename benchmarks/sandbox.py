@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rewards.code import AssertTests, CallTests, ProgramTests, Tests, _judge_answer, check, extract_code, parse_tests
 from rewards.sandbox import Limits, Sandbox, SandboxError, exchange, values
-from rewards.sandbox.attacks.run import ATTACKS, beats_naive, run_attacks
+from tests.rewards.attacks.run import ATTACKS, beats_naive, run_attacks
 
 LIMITS = Limits()
 CALL = CallTests("f", [((1,), {}), ((2,), {}), ((3,), {})], [2, 3, 4])

@@ -35,15 +35,15 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.train_step_gpu import LOSS, OPTIMIZER, V3_2B, documents
-from trainer import worker
+from trainer import trainer as worker
 from trainer.batch import Batch
 from trainer.model.v3 import V3Model
 from trainer.packing import Sample, pack
 from trainer.parallel import experts
-from trainer.parallel.policy import ShardedV3Policy
 from trainer.parallel.ranks import ParallelOptions
+from trainer.parallel.sharded_policy import ShardedV3Policy
 from trainer.policy import PolicyOptions, V3Policy
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 TOKENS = 16_384  # of a micro-batch, one a GPU
 GATHER_RANKS = experts.GATHER_RANKS

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.fidelity import FIGURES, Text, Work, model_config, part, randomize, row, say, table, update
 from benchmarks.worker_process import Engine, placement
-from trainer.model import hf
+from trainer.checkpoint import hf
 from trainer.policy import PolicyOptions, load_policy
 
 BALANCING = {"use_async": False, "num_redundant_experts": 2, "window_size": 50, "step_interval": 100}

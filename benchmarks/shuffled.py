@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 
-from rewards.countdown import countdown_reward
 from rewards.format import format_reward
 from rewards.score import Score
+from rlzero.examples.countdown.reward import countdown_reward
 
 
 def _shuffled(scores: list[Score], completions: list[str]) -> list[Score]:

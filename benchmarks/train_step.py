@@ -32,13 +32,13 @@ import torch
 
 from benchmarks import train_step_gpu
 from benchmarks.grpo_step import LR, MICRO_BATCH, MODEL, NEW_TOKENS, PROMPT_TOKENS, Result
+from trainer.checkpoint.hf import save_folder
 from trainer.losses import LossOptions
-from trainer.model.hf import save_folder
 from trainer.model.v3 import V3Model
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack
 from trainer.policy import PolicyOptions
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 SAMPLES = 256
 # `batched_mm` experts copy the chosen weights for every token: ten times slower here, and not tried.

@@ -34,17 +34,17 @@ import numpy as np
 import torch
 
 from benchmarks.grpo_step import Result
-from trainer import worker
+from trainer import trainer as worker
 from trainer.batch import Batch
+from trainer.checkpoint.hf import save_folder
 from trainer.losses import LossOptions
-from trainer.model.config import V3Config
-from trainer.model.hf import save_folder
 from trainer.model.layers import RMSNorm
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack
 from trainer.policy import PolicyOptions, V3Policy
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 V3_2B = V3Config(
     vocab_size=32_000,

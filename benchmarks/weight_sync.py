@@ -71,7 +71,7 @@ def part(name: str) -> Iterator[None]:
 
 
 def model_config(tiny: bool):
-    from trainer.model.config import V3Config
+    from trainer.model.v3_config import V3Config
 
     common = dict(
         first_k_dense_replace=1, kv_lora_rank=512, qk_rope_head_dim=64, n_group=4, topk_group=2, eos_token_id=1,
@@ -97,7 +97,7 @@ class TrainerSide:
     """The policy's live weights on the trainer's device, and what float32 says about them."""
 
     def __init__(self, tiny: bool, device: str, folder: Path, fp8: bool = False):
-        from trainer.model.hf import named_checkpoint_tensors, save_folder
+        from trainer.checkpoint.hf import named_checkpoint_tensors, save_folder
         from trainer.model.v3 import V3Model
 
         self.config, self.device, self.fp8 = model_config(tiny), device, fp8
@@ -118,8 +118,8 @@ class TrainerSide:
         self.layout = layout_of(self.named.items())
         self.nbytes = sum(map(nbytes, travelling(self.layout, "fp8" if fp8 else None)))
         save_folder(self.model, folder)
-        from rollout.decode_v3 import V3Decoder
         from rollout.probe import probe_sequences
+        from rollout.torch.decode_v3 import V3Decoder
 
         self.decoder = V3Decoder(self.config, dtype=torch.float32, device=device)
         self.probe = probe_sequences(self.config.vocab_size, without=(0, 1, 2))
@@ -139,7 +139,7 @@ class TrainerSide:
 
 def meant(weights: Iterable[tuple[str, torch.Tensor]], fp8: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights as the engine is to compute with them, by torch's plain operations."""
-    from trainer.model.hf import stored_as
+    from trainer.checkpoint.hf import stored_as
     from trainer.precision.quantize import quantize_blocks
 
     for name, tensor in weights:

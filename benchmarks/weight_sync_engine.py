@@ -20,7 +20,7 @@ def engine_main(pipe, folder: str, options: dict[str, Any], environment: dict[st
     """Starts vLLM, then answers (function name, arguments) with what the function returns and how long it took."""
     os.environ.update(environment)  # before anything asks CUDA for its devices: it reads them once
     try:
-        import rollout.vllm_engine as vllm_engine
+        import rollout.vllm.engine as vllm_engine
 
         engine = vllm_engine.VLLMEngine(folder, **options)
         state = {"engine": engine, "transport": None, "held": None}
@@ -121,7 +121,7 @@ def call_vllm_load(state: dict) -> None:
 
 def call_copies(state: dict) -> str:
     """Our installation alone."""
-    from rollout.vllm_weights import copy_weights, refresh_derived
+    from rollout.vllm.install import copy_weights, refresh_derived
 
     def copies(worker):
         copy_weights(worker.rlzero_installer.plan, state["held"])

@@ -41,7 +41,7 @@ KILL_S = 15.0  # how long both sides wait for an engine that was killed
 
 def save_model(tiny: bool, folder: str, device: torch.device) -> None:
     """Random weights, as the engines and the trainer start with."""
-    from trainer.model.hf import named_checkpoint_tensors, save_folder
+    from trainer.checkpoint.hf import named_checkpoint_tensors, save_folder
     from trainer.model.v3 import V3Model
 
     with torch.device(device):
@@ -59,10 +59,10 @@ class Rank:
     """One rank of the trainer and the engine that it drives."""
 
     def __init__(self, rank: int, address: str, folder: str, options: argparse.Namespace):
-        from rollout.decode_v3 import V3Decoder
         from rollout.probe import probe_sequences
-        from trainer.parallel.policy import load_sharded_policy
+        from rollout.torch.decode_v3 import V3Decoder
         from trainer.parallel.ranks import ParallelOptions, Ranks, Rendezvous
+        from trainer.parallel.sharded_policy import load_sharded_policy
         from trainer.policy import PolicyOptions
 
         self.options, on_gpu = options, torch.cuda.is_available()

@@ -21,7 +21,7 @@ def worker_main(pipe: Any, kind: str, folder: str, options: dict[str, Any], envi
         from rollout.worker import RolloutWorker
 
         if not torch.cuda.is_available() and "speculative_config" in options:
-            from rollout.vllm_engine import VLLMEngine
+            from rollout.vllm.engine import VLLMEngine
             from tests.rollout import cpu_speculation
 
             cpu_speculation.install()

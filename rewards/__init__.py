@@ -17,7 +17,7 @@ from rewards.score import Score
 # Imported when first asked for, so that one checker does not pay for the others.
 _WHERE = {
     "math_reward": "rewards.math",
-    "countdown_reward": "rewards.countdown",
+    "countdown_reward": "rlzero.examples.countdown.reward",
     "format_reward": "rewards.format",
     "code_reward": "rewards.code",
     "language_reward": "rewards.language",
@@ -27,7 +27,7 @@ _WHERE = {
     "rubric_reward": "rewards.judge",
     "pairwise_reward": "rewards.judge",
     "preference_reward": "rewards.preference",
-    "RewardRunner": "rewards.runner",
+    "RewardRunner": "rewards.workers.runner",
     "score_file": "rewards.score_file",
 }
 __all__ = ["RewardError", "RewardSpec", "Score", "load_reward", *_WHERE]

@@ -67,7 +67,7 @@ class RewardSpec:
 class Reward:
     """A loaded reward function. `one` scores one completion, `group` a whole group; both inject columns by name.
 
-    Exceptions of the function are not caught here: who runs it (rewards.runner) turns them into errors.
+    Exceptions of the function are not caught here: who runs it (rewards.workers.runner) turns them into errors.
     """
 
     def __init__(self, address: str, function: Callable[..., Any], params: Mapping[str, Any]) -> None:

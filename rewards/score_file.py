@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rewards.load import RewardError, RewardSpec, load_reward
-from rewards.runner import RewardRunner, Scores
 from rewards.score import Score, Verdict
+from rewards.workers.runner import RewardRunner, Scores
 
 GROUP = 32  # lines handed to the runner together
 VERDICTS: tuple[Verdict, ...] = ("correct", "wrong", "unparsed", "timeout", "error")

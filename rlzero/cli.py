@@ -47,7 +47,7 @@ def train(
     ] = None,
 ) -> None:
     """Run reinforcement learning as CONFIG describes it."""
-    from rlzero.config import Config
+    from rlzero.config.rl import Config
 
     settings = Config.load(config, overrides or [])
     if dry_run:
@@ -74,7 +74,7 @@ def generate(
 ) -> None:
     """Only write and score the completions of one step, without training."""
     from rlzero import launch
-    from rlzero.config import Config
+    from rlzero.config.rl import Config
 
     settings = Config.load(config, overrides or [])
     groups = launch.generate(settings, dump, resume)
@@ -92,8 +92,8 @@ def evaluate(
 ) -> None:
     """pass@1, pass@k and cons@k on the held-out questions of CONFIG."""
     from rlzero import launch
-    from rlzero.config import Config
-    from rlzero.export import find_checkpoint
+    from rlzero.config.rl import Config
+    from rlzero.stages.export import find_checkpoint
 
     changes = list(overrides or [])
     if policy is not None:
@@ -122,8 +122,8 @@ def score(
     from rewards.load import RewardError
     from rewards.score_file import explain as explain_line
     from rewards.score_file import score_file
-    from rlzero.display import counting
-    from rlzero.reading import UsageError
+    from rlzero.config.read import UsageError
+    from rlzero.report.display import counting
 
     try:
         if explain is not None:
@@ -142,8 +142,8 @@ def score(
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Memory, placement and work of a run or of an architecture, without starting anything."""
-    from rlzero import model_plan
-    from rlzero.config import Config
+    from rlzero.config.rl import Config
+    from rlzero.plan import model_plan
 
     if model_plan.is_model_config(config):
         lines, short = model_plan.plan_text(config, overrides or [])
@@ -170,8 +170,8 @@ def export(
     format: Annotated[str | None, typer.Option(help="bf16, or fp8 as in DeepSeek's release (128x128 blocks)")] = None,
 ) -> None:
     """Write a checkpoint as a plain Hugging Face folder."""
-    from rlzero.export import export as write
-    from rlzero.reading import UsageError
+    from rlzero.config.read import UsageError
+    from rlzero.stages.export import export as write
 
     if dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype {dtype}: expected float32 or bfloat16")
@@ -183,7 +183,7 @@ def export(
 @app.command()
 def pretrain(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make the demo's base model: pre-training on generated text."""
-    from rlzero import stages
+    from rlzero.examples.countdown import pretrain as stages
 
     settings = stages.BaseConfig.load(config, overrides or [])
     folder = stages.pretrain(settings, say=lambda line: typer.echo(_numbers(line)))
@@ -202,11 +202,11 @@ def sft(
     ] = False,
 ) -> None:
     """Supervised fine-tuning on conversations, questions with answers, text, or a dump of `generate`."""
-    from rlzero.display import counting
-    from rlzero.sft_config import SftConfig
+    from rlzero.config.sft import SftConfig
+    from rlzero.report.display import counting
 
     settings = SftConfig.load(config, overrides or [])
-    from rlzero import sft as stage
+    from rlzero.stages import sft as stage
 
     if dry_run:
         typer.echo(settings.resolved_yaml())
@@ -222,9 +222,10 @@ def _numbers(line: dict[str, float]) -> str:
 
 
 def _show_plan(config, resolved: bool) -> None:
-    from rlzero import cluster, placement
-    from rlzero.plan import describe, make_plan, shortage
-    from rlzero.reading import UsageError
+    from rlzero.cluster import placement
+    from rlzero.cluster import ray_cluster as cluster
+    from rlzero.config.read import UsageError
+    from rlzero.plan.run_plan import describe, make_plan, shortage
 
     if resolved:
         typer.echo(config.resolved_yaml())
@@ -247,7 +248,7 @@ def _show_plan(config, resolved: bool) -> None:
 
 
 def _show_report(run_dir: Path) -> None:
-    from rlzero.report import summary, write_report
+    from rlzero.report.html import summary, write_report
 
     page = write_report(run_dir)
     figures = summary(run_dir)
@@ -272,7 +273,7 @@ def main() -> None:
 
 
 def _is_usage(error: Exception) -> bool:
-    reading = sys.modules.get("rlzero.reading")  # not loaded: then nothing of it can have been raised
+    reading = sys.modules.get("rlzero.config.read")  # not loaded: then nothing of it can have been raised
     return reading is not None and isinstance(error, reading.UsageError)
 
 

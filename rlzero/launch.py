@@ -7,22 +7,23 @@ import logging
 from pathlib import Path
 
 from rewards.load import RewardError, load_reward
-from rewards.runner import RewardRunner
-from rlzero import dump, loop
-from rlzero import evaluate as evaluation
-from rlzero.actors import TrainerDied
-from rlzero.config import Config
-from rlzero.data import load_prompts, load_tokenizer
-from rlzero.display import Display
-from rlzero.groups import Group, grade, to_samples
-from rlzero.reading import UsageError
-from rlzero.run import Interrupted, Run, checkpoints
-from rlzero.run import engine as chosen_engine
-from rlzero.runlog import FILES, RunLog
+from rewards.workers.runner import RewardRunner
+from rlzero.cluster.actors import TrainerDied
+from rlzero.config.read import UsageError
+from rlzero.config.rl import Config
+from rlzero.data import dump
+from rlzero.data.prompts import load_prompts, load_tokenizer
+from rlzero.eval import evaluate as evaluation
+from rlzero.report.display import Display
+from rlzero.report.log import FILES, RunLog
+from rlzero.rl import loop
+from rlzero.rl.groups import Group, grade, to_samples
+from rlzero.rl.run import Interrupted, Run, checkpoints
+from rlzero.rl.run import engine as chosen_engine
 from rollout.engine import Sampling
 from rollout.worker import make_engine
-from trainer import checkpoint
-from trainer.worker import Trainer
+from trainer.checkpoint import checkpoint
+from trainer.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

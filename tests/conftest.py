@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from rlzero import cluster
+from rlzero.cluster import ray_cluster as cluster
 
 # Whether Ray asks for a token depends on what ran on this machine before; in this process it never does. Runs that the
 # tests start as commands keep Ray's own choice.

@@ -16,9 +16,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
-from trainer import packed_attention
+from trainer import hf_attention as packed_attention
 from trainer.batch import Batch
-from trainer.packed_attention import Layout
+from trainer.hf_attention import Layout
 from trainer.packing import Sample, pack, to_device
 from trainer.policy import Head, Policy, PolicyOptions
 

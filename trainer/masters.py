@@ -2,7 +2,7 @@
 
 A weight is its master rounded to nearest, so the master's bits are the weight's, shifted, plus a number from -32767 to
 32767. Halfway between two weights the number would not tell which of the two the weight is; there a master is taken
-one step of float32 (2^-24 of it) further from zero. `trainer.triton_adamw` does the same in its kernel.
+one step of float32 (2^-24 of it) further from zero. `trainer.model.kernels.triton_adamw` does the same in its kernel.
 """
 
 from __future__ import annotations

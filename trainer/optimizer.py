@@ -227,7 +227,7 @@ class Optimizer:
     def _update_fused(self, gradients: dict[str, Tensor], norm: Tensor, rate: float) -> float:
         """AdamW of every parameter in one kernel each, which clips too and does nothing where the norm is not finite.
         Returns the norm."""
-        from trainer import triton_adamw
+        from trainer.model.kernels import triton_adamw
 
         value = Readback(norm)  # read below while the GPU still updates
         beta1, beta2 = self.options.betas

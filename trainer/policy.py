@@ -15,12 +15,12 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from trainer.balance import BalanceKind, BalanceLoss, HitCounter
 from trainer.batch import Batch
-from trainer.head import token_logprobs
-from trainer.model import hf
-from trainer.model.config import V3Config
+from trainer.checkpoint import hf
+from trainer.model.balance import BalanceKind, BalanceLoss, HitCounter
+from trainer.model.head import token_logprobs
 from trainer.model.v3 import BalanceOf, V3Model
+from trainer.model.v3_config import V3Config
 from trainer.packing import to_device
 from trainer.transfer import send
 
@@ -202,7 +202,7 @@ class Policy(ABC):
 
     def save(self, folder: str | Path, dtype: str | None = None) -> None:
         """Writes a Hugging Face folder that transformers and vLLM load, with the tokenizer's files; the weights in
-        `dtype` ("float32" or "bfloat16") where it is given. Not atomic: see trainer.checkpoint."""
+        `dtype` ("float32" or "bfloat16") where it is given. Not atomic: see trainer.checkpoint.checkpoint."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         policy = self
@@ -378,7 +378,7 @@ def load_policy(options: PolicyOptions, device: str | torch.device = "cpu", seed
     else:
         fields = {"model_type": "deepseek_v3", **(options.init or {})}
     if fields.get("model_type") != "deepseek_v3":
-        from trainer.transformers_policy import TransformersPolicy  # transformers takes seconds to import
+        from trainer.hf_policy import TransformersPolicy  # transformers takes seconds to import
 
         return TransformersPolicy.load(options, fields, device, seed)
     if options.path is not None:

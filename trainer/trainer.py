@@ -18,12 +18,12 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer import checkpoint
-from trainer.balance import BalanceKind, agreement_metrics, router_metrics
 from trainer.batch import Batch
-from trainer.checkpoint import SHARDS, WHOLE, CheckpointError
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.checkpoint import SHARDS, WHOLE, CheckpointError
 from trainer.device_memory import device_memory
 from trainer.losses import LossOptions, Metrics, combine_metrics, policy_loss
+from trainer.model.balance import BalanceKind, agreement_metrics, router_metrics
 from trainer.optimizer import Optimizer, OptimizerOptions
 from trainer.packing import Sample, pack, to_device
 from trainer.parallel.ranks import ParallelOptions, Ranks, Rendezvous, Share
@@ -66,7 +66,7 @@ class Trainer:
             self.policy: Policy = load_policy(policy, self.device, seed)
         else:
             # Sharding and its checkpoints are imported where there are several ranks: that takes 2 s.
-            from trainer.parallel.policy import load_sharded_policy
+            from trainer.parallel.sharded_policy import load_sharded_policy
 
             self.policy = load_sharded_policy(policy, self.ranks, seed)
         self.reference: Policy | None = None
@@ -84,8 +84,8 @@ class Trainer:
         Streams that the loss needs and a batch lacks are computed: the reference's log-probabilities, and old ones,
         the policy's before the first of these updates. The first minibatch needs no forward pass of its own for
         them: there old is the detached new. Returns the step's metrics (`trainer.losses.policy_loss`, and the means of
-        `grad_norm` and `lr` over the updates, `updates`, `trainer.balance.router_metrics` and, where routing is
-        replayed, `trainer.balance.agreement_metrics`). An empty minibatch makes no update. Raises GradientError with
+        `grad_norm` and `lr` over the updates, `updates`, `trainer.model.balance.router_metrics` and, where routing is
+        replayed, `agreement_metrics`). An empty minibatch makes no update. Raises GradientError with
         nothing updated by the minibatch at fault.
         """
         if self.loss is None:
@@ -256,7 +256,7 @@ class Trainer:
             self.policy.save(partial)
             inside = partial / checkpoint.STATE
             if self.ranks.size > 1:
-                from trainer.parallel.checkpoint import save_shards
+                from trainer.checkpoint.shards import save_shards
 
                 save_shards(inside, self.policy, self.optimizer)
             else:
@@ -290,11 +290,11 @@ class Trainer:
             self.policy.load_weights(folder)
             steps = state["trainer"]["optimizer_steps"]
             if self.ranks.size > 1:
-                from trainer.parallel.checkpoint import load_shards
+                from trainer.checkpoint.shards import load_shards
 
                 load_shards(inside, self.policy, self.optimizer, steps)
             elif (inside / SHARDS).is_dir():
-                from trainer.parallel.checkpoint import read_shards
+                from trainer.checkpoint.shards import read_shards
 
                 self.optimizer.load_state(read_shards(inside), steps)
             else:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Literal
 
-from rewards.process import START_TIMEOUT_S, TAKE_TIMEOUT_S, WarmProcess, WorkerGone
-from rewards.worker import in_worker
+from rewards.workers.handler import in_worker
+from rewards.workers.process import START_TIMEOUT_S, TAKE_TIMEOUT_S, WarmProcess, WorkerGone
 
 LIMIT_S = 2.0
 MEMORY_BYTES = 2 << 30

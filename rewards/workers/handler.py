@@ -10,8 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 from rewards.load import Reward, RewardSpec, Row, load_reward
-from rewards.process import Handler, alarm_after
 from rewards.score import Score
+from rewards.workers.process import Handler, alarm_after
 
 Request = tuple[int, int, list[str], list[Row]]  # number of the task, index of the reward, completions, a row each
 ALARM_FACTOR, ALARM_EXTRA_S = 5.0, 10.0  # the caller's deadline comes first; this one holds when the caller is gone

@@ -56,11 +56,11 @@ class WarmProcess:
     def __init__(self, target: str, arguments: tuple = (), memory_bytes: int | None = None) -> None:
         request_read, self._request = os.pipe()
         self.reply, reply_write = os.pipe()
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(Path(__file__).resolve().parents[2])
         paths = [path or os.getcwd() for path in sys.path]
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths + [root])}
         # -P: a file of the current folder that is named like a module of the library must not shadow it
-        main = "from rewards.process import keep; keep()"
+        main = "from rewards.workers.process import keep; keep()"
         command = [sys.executable, "-P", "-c", main, str(request_read), str(reply_write)]
         try:
             self._keeper = subprocess.Popen(

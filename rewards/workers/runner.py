@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.load import RewardError, RewardSpec, Row
-from rewards.process import START_TIMEOUT_S, TAKE_TIMEOUT_S, WarmProcess, WorkerGone
 from rewards.score import Score
+from rewards.workers.process import START_TIMEOUT_S, TAKE_TIMEOUT_S, WarmProcess, WorkerGone
 
 Scores = list[list[Score | None]]  # [rewards][samples]
 CHUNK = 16  # completions a worker takes at a time: one message each way, and little to redo after a kill
@@ -265,7 +265,7 @@ class RewardRunner:
             self._lost(task, 1)
 
     def _new_process(self) -> WarmProcess:
-        return WarmProcess("rewards.worker:make_handler", self._arguments, self._memory_bytes)
+        return WarmProcess("rewards.workers.handler:make_handler", self._arguments, self._memory_bytes)
 
     def _await_ready(self, seat: _Seat) -> list[str]:
         deadline = time.monotonic() + START_TIMEOUT_S

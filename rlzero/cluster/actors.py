@@ -13,12 +13,12 @@ from typing import Any
 import ray
 import torch
 
-from rlzero import failures
-from rlzero.reading import UsageError
+from rlzero.cluster import errors as failures
+from rlzero.config.read import UsageError
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import NcclTransport
 from trainer.parallel.ranks import Rendezvous
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 SHOWN = 12  # lines of an error of a start
 DEATH_S = 10.0  # how long Ray gets to report a rank's death that another rank has met with

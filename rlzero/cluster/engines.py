@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 
-from rlzero import failures
-from rlzero.actors import Actor, ClusterError
-from rlzero.cluster import Cluster
+from rlzero.cluster import errors as failures
+from rlzero.cluster.actors import Actor, ClusterError
+from rlzero.cluster.ray_cluster import Cluster
 from rollout.engine import EngineUnusable, Request, Rollout
 
 GATHER_S = 0.05  # how long a worker collects ended rollouts before it reports them; it writes on meanwhile

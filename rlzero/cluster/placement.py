@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 if TYPE_CHECKING:
-    from rlzero.config import Config
-    from rlzero.reading import Conflict
+    from rlzero.config.read import Conflict
+    from rlzero.config.rl import Config
 
 Kind = Literal["colocated", "disaggregated"]
 

@@ -1,6 +1,6 @@
 """Ray: joining or starting a cluster, what a run needs of it, and the start of actors in their places.
 
-Nothing else in the project calls Ray's placement; what an actor is stands in rlzero.actors.
+Nothing else in the project calls Ray's placement; what an actor is stands in rlzero.cluster.actors.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlzero import failures
-from rlzero.actors import Actor, ClusterError, TrainerActor, TrainerHandle
-from rlzero.config import Config
-from rlzero.placement import Placement, Process, on_gpus, plan, resources
+from rlzero.cluster import errors as failures
+from rlzero.cluster.actors import Actor, ClusterError, TrainerActor, TrainerHandle
+from rlzero.cluster.placement import Placement, Process, on_gpus, plan, resources
+from rlzero.config.rl import Config
 from rollout.worker import RolloutWorker
 
 REPLACE_S = 20.0  # how long Ray gets to find another node for what ran on a dead one

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from rlzero.actors import ClusterError, TrainerHandle
-from rlzero.config import Config
-from rlzero.fleet import Fleet
-from rlzero.placement import Placement
-from rlzero.reading import UsageError
+from rlzero.cluster.actors import ClusterError, TrainerHandle
+from rlzero.cluster.engines import Fleet
+from rlzero.cluster.placement import Placement
+from rlzero.config.read import UsageError
+from rlzero.config.rl import Config
 from rollout.transport import nccl
 from rollout.transport.base import Transport
 from rollout.transport.disk import DiskTransport
@@ -17,7 +17,7 @@ from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import NcclTransport
 from rollout.transport.object_store import ObjectStoreTransport
 from rollout.transport.payload import engine_payload
-from rollout.vllm_serving import drafts_from_policy
+from rollout.vllm.serving import drafts_from_policy
 
 
 class Handover:

@@ -17,8 +17,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rlzero import placement
-from rlzero.reading import Conflict, read_config
+from rlzero.cluster import placement
+from rlzero.config.read import Conflict, read_config
 from trainer.losses import LossOptions
 from trainer.optimizer import OptimizerOptions
 from trainer.parallel.ranks import ParallelOptions
@@ -124,7 +124,7 @@ class Evaluation(_Section):
 
 class Cluster(_Section):
     """The Ray cluster: none starts one on this machine, `auto` joins the running one, else host:port. Trainer ranks and
-    rollout workers share GPUs (colocated) or have their own, see rlzero.placement."""
+    rollout workers share GPUs (colocated) or have their own, see rlzero.cluster.placement."""
 
     address: str | None = None
     placement: Literal["auto", "colocated", "disaggregated"] = "auto"

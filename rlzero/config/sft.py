@@ -10,9 +10,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from rlzero.config import Checkpoints, NonNegative, Positive, Tracker, _Section
-from rlzero.reading import Conflict, read_config
-from trainer.balance import BalanceKind
+from rlzero.config.read import Conflict, read_config
+from rlzero.config.rl import Checkpoints, NonNegative, Positive, Tracker, _Section
+from trainer.model.balance import BalanceKind
 from trainer.optimizer import OptimizerOptions
 from trainer.parallel.ranks import ParallelOptions
 from trainer.policy import PolicyOptions

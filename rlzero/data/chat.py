@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from rlzero.data import DataError
+from rlzero.data.prompts import DataError
 from trainer.packing import Sample
 
 GENERATION = re.compile(r"\{%-?\s*generation\b")  # a template that marks the assistant's turns itself

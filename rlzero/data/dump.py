@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from rewards.score import Score
-from rlzero.groups import Group
-from rlzero.reading import UsageError
+from rlzero.config.read import UsageError
+from rlzero.rl.groups import Group
 from rollout.engine import Prompt, Rollout
 
 KIND = "rlzero dump 1"

@@ -16,10 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlzero import dump
-from rlzero.data import DataError, Row, Split, _listed, load_rows, load_tokenizer, prompt_text
-from rlzero.sft_config import SftConfig, SftData, policy_field
-from rlzero.sft_tokens import (
+from rlzero.config.sft import SftConfig, SftData, policy_field
+from rlzero.data import dump
+from rlzero.data.chat import (
     GENERATION,
     Example,
     TextRow,
@@ -31,6 +30,7 @@ from rlzero.sft_tokens import (
     tokenize,
     trimmed,
 )
+from rlzero.data.prompts import DataError, Row, Split, _listed, load_rows, load_tokenizer, prompt_text
 
 logger = logging.getLogger(__name__)
 

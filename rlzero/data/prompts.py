@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlzero.config import Config, model_fields
-from rlzero.reading import UsageError
+from rlzero.config.read import UsageError
+from rlzero.config.rl import Config, model_fields
 from rollout.engine import Prompt
 from rollout.tokenizer import read_tokenizer
 
@@ -100,7 +100,7 @@ def load_rows(source: str, params: dict[str, Any], split: Split, seed: int) -> l
     """
     function: Callable[..., Iterable[dict]] | None = None
     if source == "countdown":
-        from rlzero import countdown
+        from rlzero.examples.countdown import task as countdown
 
         given = {"split": "train" if split == "train" else "held_out", "seed": seed, "count": 4096}
         accepted = [*inspect.signature(countdown.rows).parameters, *inspect.signature(countdown.tasks).parameters]

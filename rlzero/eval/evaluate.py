@@ -18,10 +18,10 @@ from rewards.extract import final_part
 from rollout.engine import Engine, Prompt, Request, Rollout, Sampling
 
 if TYPE_CHECKING:
-    from rewards.runner import RewardRunner
     from rewards.score import Score
-    from rlzero.config import Reward
-    from rlzero.groups import Group
+    from rewards.workers.runner import RewardRunner
+    from rlzero.config.rl import Reward
+    from rlzero.rl.groups import Group
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def write_and_score(
 ) -> list[Group]:
     """`samples` completions of every prompt with their scores, in the order of `prompts`. A group is scored as soon as
     its last completion is written, while the engine goes on."""
-    from rlzero.groups import Group
+    from rlzero.rl.groups import Group
 
     groups = {prompt.id: Group(prompt, []) for prompt in prompts}
     written: dict[str, dict[int, Rollout]] = {prompt.id: {} for prompt in prompts}

@@ -1,7 +1,7 @@
 """Bytes that one process of a run holds on a GPU at its fullest moment: the trainer's, counted tensor by tensor from
 what its kernels keep for the backward pass, and an engine's.
 
-The trainer's count follows trainer/model (what each autograd function saves), trainer/head.py and trainer/optimizer.py
+The trainer's count follows trainer/model (what each autograd function saves), model/head.py and optimizer.py
 (when which gradients exist); tests hold it against measured peaks. Everything is for one micro-batch of documents of
 mixed length, of as many tokens as a micro-batch may have, unless it says otherwise.
 """
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from rollout.transport.buckets import BUCKET_BYTES
-from trainer.head import CHUNK_BYTES, KEEP_BYTES
+from trainer.model.head import CHUNK_BYTES, KEEP_BYTES
 
 if TYPE_CHECKING:
-    from trainer.model.config import V3Config
+    from trainer.model.v3_config import V3Config
 
 BF16, FP32 = 2, 4
 MIB = 1 << 20
@@ -267,7 +267,7 @@ def _moments(
 
 
 def _head(m: V3Config, tokens: int, width: int) -> int:
-    """The most that log-probabilities of `tokens` and their gradient take, see trainer/head.py."""
+    """The most that log-probabilities of `tokens` and their gradient take, see trainer/model/head.py."""
     chunk = min(tokens * m.vocab_size * FP32, CHUNK_BYTES["cuda"])
     table, rows = m.vocab_size * m.hidden_size, tokens * m.hidden_size * width
     if (kept := tokens * m.vocab_size * width) <= KEEP_BYTES:

@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rlzero import placement
-from rlzero.config import Config
-from rlzero.gpu_memory import (
+from rlzero.cluster import placement
+from rlzero.config.rl import Config
+from rlzero.plan.gpu_memory import (
     BF16,
     FP32,
     MARGIN_SHARE,
@@ -27,12 +27,12 @@ from rlzero.gpu_memory import (
     sync_buffers,
     trainer_memory,
 )
-from rlzero.policy_size import Policy
+from rlzero.plan.policy_size import Policy
 
 GIB = 1 << 30
 ASSUMED, ASSUMED_BYTES = "H100 80GB", int(79.1 * GIB)  # torch finds this much on one
 SLEEP_LEVEL = 2
-MAX_BATCH = 256  # requests at a time of rollout.vllm_engine, where engine_args do not say
+MAX_BATCH = 256  # requests at a time of rollout.vllm.engine, where engine_args do not say
 LEAST_CONTEXT = 64  # tokens; the probe's sequences must fit too
 
 
@@ -186,7 +186,7 @@ def _width(config: Config) -> int:
 
 def architecture(policy: Policy) -> Any:
     """The policy's V3Config; for another architecture, one whose layers keep about as much."""
-    from trainer.model.config import V3Config
+    from trainer.model.v3_config import V3Config
 
     fields = policy.fields
     if fields.get("model_type") == "deepseek_v3":

@@ -3,7 +3,7 @@
 A model config is `policy` (with `init`, the section that every other config has too), `placement`, `work` and
 `optimizer`. Parameters are counted on torch's meta device, tensor by tensor, so weights, gradients and optimizer states
 are exact for the placement; activations are estimates and marked so. Time is arithmetic at the measured rates of
-`rlzero.rates` over an openly assumed efficiency; communication, norms, routers, optimizer and gaps are in that factor.
+rates.py over an openly assumed efficiency; communication, norms, routers, optimizer and gaps are in that factor.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import Field
 
-from rlzero import rates
-from rlzero.config import Positive, _Section
-from rlzero.gpu_memory import kept_of_layer
-from rlzero.plan import count, size
-from rlzero.reading import UsageError, read_config
+from rlzero.config.read import UsageError, read_config
+from rlzero.config.rl import Positive, _Section
+from rlzero.plan import rates
+from rlzero.plan.gpu_memory import kept_of_layer
+from rlzero.plan.run_plan import count, size
 from trainer.optimizer import OptimizerOptions
 from trainer.policy import PolicyOptions
 
 if TYPE_CHECKING:
-    from trainer.model.config import V3Config
+    from trainer.model.v3_config import V3Config
 
 BF16, FP32 = 2, 4  # bytes
 HEAD_CHUNK_TOKENS = 4096
@@ -70,7 +70,7 @@ class ModelConfig(_Section):
 
     @cached_property
     def architecture(self) -> V3Config:
-        from trainer.model.config import V3Config
+        from trainer.model.v3_config import V3Config
 
         if self.policy.init is None:
             return V3Config.load(self.policy.path or "")
@@ -158,7 +158,7 @@ def count_parameters(model: V3Config) -> tuple[Size, list[Part]]:
     """The size, and the parts in the order of the computation: embedding, layers, head, MTP layers."""
     import torch
 
-    from trainer.model import hf
+    from trainer.checkpoint import hf
     from trainer.model.v3 import V3Model
 
     with torch.device("meta"):
@@ -394,7 +394,7 @@ def describe_model(config: ModelConfig, plan: ModelPlan) -> list[str]:
     everything = sum(plan.kernel_s.values())
     shares = ", ".join(f"{name} {value / everything:.0%}" for name, value in plan.kernel_s.items())
     lines.append(
-        f"           kernels at measured rates (rlzero/rates.py): {shares}. Assumed: they take {place.efficiency:.0%} "
+        f"           kernels at measured rates (plan/rates.py): {shares}. Assumed: they take {place.efficiency:.0%} "
         f"of the time, the rest is communication, norms, routers, optimizer. Pipeline bubble: {plan.bubble:.0%}"
     )
     if config.policy.recipe == "fp8" and plan.kernel_s["grouped"]:

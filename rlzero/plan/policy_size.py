@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlzero.gpu_memory import LayerSize
+from rlzero.plan.gpu_memory import LayerSize
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a run will take, before it starts: memory per process, work per step, placement.
 
 Weights are counted from the headers of the policy's safetensors files, so those figures are exact; activations and
-caches are estimates and marked so. What stands on GPUs is planned in rlzero.gpu_plan; the figures here are a CPU's.
+caches are estimates and marked so. What stands on GPUs is planned in gpu_plan.py; the figures here are a CPU's.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from rlzero import gpu_plan
-from rlzero.config import Config
-from rlzero.gpu_plan import GpuPlan
-from rlzero.placement import on_gpus
-from rlzero.policy_size import Policy, read_policy
+from rlzero.cluster.placement import on_gpus
+from rlzero.config.rl import Config
+from rlzero.plan import gpu_plan
+from rlzero.plan.gpu_plan import GpuPlan
+from rlzero.plan.policy_size import Policy, read_policy
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 

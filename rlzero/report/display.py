@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from rlzero.config import Config
+from rlzero.config.rl import Config
 
 # What a step's line shows, in this order where the run reports it: (metric, label, format).
 SHOWN = [

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from rlzero import curves
-from rlzero.curves import Series, line_chart, percent, plain, stacked_bars
-from rlzero.reading import UsageError
-from rlzero.runlog import RunLog, read_lines
+from rlzero.config.read import UsageError
+from rlzero.report import plots as curves
+from rlzero.report.log import RunLog, read_lines
+from rlzero.report.plots import Series, line_chart, percent, plain, stacked_bars
 
 __all__ = ["RunLog", "curve_svg", "summary", "write_report"]
 

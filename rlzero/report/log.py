@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rlzero.reading import UsageError
+from rlzero.config.read import UsageError
 
 if TYPE_CHECKING:
-    from rlzero.groups import Group
+    from rlzero.rl.groups import Group
 
 logger = logging.getLogger(__name__)
 

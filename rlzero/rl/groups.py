@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from rewards.score import Score
-from rlzero import advantages
-from rlzero.config import Algorithm, Reward
+from rlzero.config.rl import Algorithm, Reward
+from rlzero.rl import advantages
 from rollout.engine import Prompt, Rollout
 from trainer.packing import Sample
 

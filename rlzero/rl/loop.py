@@ -8,9 +8,9 @@ completions of up to n further steps are written while a step trains; with 0 eve
 
 from __future__ import annotations
 
-from rlzero.config import Config
-from rlzero.groups import Graded, grade, to_samples
-from rlzero.run import Run
+from rlzero.config.rl import Config
+from rlzero.rl.groups import Graded, grade, to_samples
+from rlzero.rl.run import Run
 from trainer.packing import Sample, pack
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rlzero.config import Reward
-from rlzero.groups import Graded, Group
+from rlzero.config.rl import Reward
+from rlzero.rl.groups import Graded, Group
 
 
 @dataclass

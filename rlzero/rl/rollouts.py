@@ -7,9 +7,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from rewards.runner import RewardRunner
-from rlzero.fleet import Fleet
-from rlzero.groups import Group
+from rewards.workers.runner import RewardRunner
+from rlzero.cluster.engines import Fleet
+from rlzero.rl.groups import Group
 from rollout.engine import Prompt, Request, Rollout, Sampling
 
 # A group that has been carried over this many policy versions is waited for. Its oldest tokens are no more off-policy

@@ -13,23 +13,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rewards.runner import RewardRunner
-from rlzero import evaluate, plan
-from rlzero.cluster import Cluster
-from rlzero.config import Config
-from rlzero.data import PromptStream, load_prompts, load_tokenizer
-from rlzero.fleet import Fleet
-from rlzero.groups import Graded, Group
-from rlzero.handover import Handover
-from rlzero.metrics import Written, lag
-from rlzero.placement import engine_gpus, on_gpus
-from rlzero.reading import UsageError
-from rlzero.runlog import RunLog
-from rlzero.writer import Writer
+from rewards.workers.runner import RewardRunner
+from rlzero.cluster.engines import Fleet
+from rlzero.cluster.placement import engine_gpus, on_gpus
+from rlzero.cluster.ray_cluster import Cluster
+from rlzero.cluster.weight_sync import Handover
+from rlzero.config.read import UsageError
+from rlzero.config.rl import Config
+from rlzero.data.prompts import PromptStream, load_prompts, load_tokenizer
+from rlzero.eval import evaluate
+from rlzero.plan import run_plan as plan
+from rlzero.report.log import RunLog
+from rlzero.rl.groups import Graded, Group
+from rlzero.rl.metrics import Written, lag
+from rlzero.rl.rollouts import Writer
 from rollout import probe
 from rollout.engine import Sampling
 from rollout.worker import choose_engine
-from trainer import checkpoint
+from trainer.checkpoint import checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
-from rlzero.reading import UsageError
+from rlzero.config.read import UsageError
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """The Hugging Face folder that `path` means: itself, or of a run's folder the newest checkpoint."""
-    from trainer import checkpoint
+    from trainer.checkpoint import checkpoint
 
     path = Path(path)
     if (path / "config.json").is_file():
@@ -32,7 +32,7 @@ def export(source: str | Path, target: str | Path, dtype: str | None = None, for
     128x128 block) and needs the DeepSeek-V3 architecture. None of both keeps every byte. One tensor at a time is in
     memory. Raises `UsageError` where there is no model, `target` exists or the format cannot be had.
     """
-    from trainer import checkpoint
+    from trainer.checkpoint import checkpoint
 
     folder, target = find_checkpoint(source), Path(target)
     if target.exists():
@@ -49,8 +49,8 @@ def export(source: str | Path, target: str | Path, dtype: str | None = None, for
 
 def _convert(folder: Path, target: Path, wanted: str) -> set[str]:
     """Writes weights, index and config.json in the wanted format; returns the files of `folder` this stands for."""
-    from trainer.model import folder as files
-    from trainer.model import hf
+    from trainer.checkpoint import folder as files
+    from trainer.checkpoint import hf
 
     replaced = {"config.json", files.INDEX, *(file.name for file in folder.glob("*.safetensors"))}
     config = json.loads((folder / "config.json").read_text())

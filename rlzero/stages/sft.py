@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlzero.display import counting
-from rlzero.export import export
-from rlzero.reading import UsageError
-from rlzero.runlog import FILES, RunLog
-from rlzero.sft_config import SftConfig
-from rlzero.sft_rows import Examples, Progress, load_examples, load_sft_tokenizer
-from trainer import checkpoint
+from rlzero.config.read import UsageError
+from rlzero.config.sft import SftConfig
+from rlzero.data.examples import Examples, Progress, load_examples, load_sft_tokenizer
+from rlzero.report.display import counting
+from rlzero.report.log import FILES, RunLog
+from rlzero.stages.export import export
 from trainer.batch import Batch
+from trainer.checkpoint import checkpoint
 from trainer.packing import pack
 from trainer.parallel.ranks import ParallelOptions
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.logging import disable_progress_bar
 
-from rollout import sampler
-from rollout.decoder import raise_mismatches
+from rollout.torch import sampler
+from rollout.torch.decoder import raise_mismatches
 
 disable_progress_bar()  # a bar per update would run across the display of a run
 
@@ -44,7 +44,7 @@ class _Rows:
 
 
 class TransformersDecoder:
-    """Keeps the protocol of rollout.decoder.Decoder for a transformers model. Layers with sliding windows, state
+    """Keeps the protocol of rollout.torch.decoder.Decoder for a transformers model. Layers with sliding windows, state
     spaces or other caches are refused."""
 
     def __init__(self, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"):

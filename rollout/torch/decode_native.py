@@ -1,6 +1,6 @@
-"""DeepSeek-V3 decoding on a CPU in float32 through the C++ in rollout/native.
+"""DeepSeek-V3 decoding on a CPU in float32 through the C++ in rollout/torch/native.
 
-Per-head keys and values are kept (`cache="expanded"` of rollout.decode_v3): for models small enough for a CPU they
+Per-head keys and values are kept (`cache="expanded"` of decode_v3.py): for models small enough for a CPU they
 are smaller than the latent and less work per cached token. Sequences that were admitted with the same context share
 one copy of its cache. A token's logits have the same bits in every batch, and in prefill and decoding.
 """
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from rollout.decode_v3 import collect
-from rollout.native import library
+from rollout.torch.decode_v3 import collect
+from rollout.torch.native import library
 from trainer.model.attention import LATENT_NORM_EPS
-from trainer.model.config import V3Config
 from trainer.model.rope import rotation, softmax_scale
+from trainer.model.v3_config import V3Config
 
 # `Sequence` of v3.cpp
 _SEQUENCE = np.dtype(
@@ -46,7 +46,7 @@ def _pad(x: Float[Tensor, "rows k"], to: int) -> Float[Tensor, "padded k"]:
 
 
 class NativeDecoder:
-    """Keeps the protocol of rollout.decoder.Decoder for the V3 architecture in float32 on a CPU."""
+    """Keeps the protocol of rollout.torch.decoder.Decoder for the V3 architecture in float32 on a CPU."""
 
     def __init__(self, config: V3Config, *, threads: int | None = None):
         self.config = config

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rollout import sampler
-from rollout.decoder import pack, raise_mismatches
+from rollout.torch import sampler
+from rollout.torch.decoder import pack, raise_mismatches
 from trainer.model.attention import LATENT_NORM_EPS
-from trainer.model.config import V3Config
 from trainer.model.moe import select_experts
 from trainer.model.rope import rotation, softmax_scale
+from trainer.model.v3_config import V3Config
 
 
 def expected_shapes(c: V3Config) -> dict[str, tuple[int, ...]]:
@@ -159,7 +159,7 @@ def _swiglu(x: Float[Tensor, "n hidden"], gate_up: Tensor, down: Tensor) -> Floa
 
 
 class V3Decoder:
-    """Keeps the protocol of rollout.decoder.Decoder for the V3 architecture."""
+    """Keeps the protocol of rollout.torch.decoder.Decoder for the V3 architecture."""
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ class Decoder(Protocol):
     def draw(
         self, logits: Float[Tensor, "n vocab"], temperature: Float[np.ndarray, " n"], noise: Float64[np.ndarray, " n"]
     ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-        """rollout.sampler.draw, or something faster that computes the same."""
+        """rollout.torch.sampler.draw, or something faster that computes the same."""
         ...
 
     def logits(self, sequences: list[np.ndarray]) -> Float[Tensor, "tokens vocab"]:

@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rollout.decoder import Decoder
 from rollout.engine import EngineUnusable, FinishReason, Request, Rollout
-from rollout.rows import Rows
-from rollout.sampler import sample
-from rollout.stop import StopFinder
 from rollout.tokenizer import read_tokenizer
+from rollout.torch.decoder import Decoder
+from rollout.torch.rows import Rows
+from rollout.torch.sampler import sample
+from rollout.torch.stop import StopFinder
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,10 @@ def build_decoder(
     if not config_file.exists():
         raise FileNotFoundError(f"{path} has no config.json: expected a Hugging Face model folder")
     if json.loads(config_file.read_text()).get("model_type") == "deepseek_v3":
-        from rollout.decode_native import NativeDecoder
-        from rollout.decode_v3 import V3Decoder, latent_is_smaller
+        from rollout.torch.decode_native import NativeDecoder
+        from rollout.torch.decode_v3 import V3Decoder, latent_is_smaller
         from rollout.transport.disk import read_folder
-        from trainer.model.config import V3Config
+        from trainer.model.v3_config import V3Config
 
         config = V3Config.load(path)
         expanded = cache == "expanded" or (cache == "auto" and not latent_is_smaller(config))
@@ -74,7 +74,7 @@ def build_decoder(
         raise ValueError(f"native kernels decode DeepSeek-V3 models only, {path} is another one: leave kernels='auto'")
     if keep_routing:
         raise ValueError(f"routing is returned of DeepSeek-V3 models only, {path} is another one")
-    from rollout.decode_hf import TransformersDecoder
+    from rollout.torch.decode_hf import TransformersDecoder
 
     return TransformersDecoder(path, dtype=dtype, device=device)
 
@@ -98,8 +98,8 @@ class TorchEngine:
 
     `path` is a Hugging Face folder. `max_batch` sequences run at once; `max_context` (default: the model's) bounds
     prompt plus completion; memory for caches is taken as the submitted requests need it. `cache` chooses what V3
-    attention keeps (see rollout.decode_v3); `kernels="auto"` computes float32 V3 models with an expanded cache on a CPU
-    with the C++ of rollout.native, everything else with torch. `threads` sets torch's for the whole process.
+    attention keeps (see decode_v3.py); `kernels="auto"` computes float32 V3 models with an expanded cache on a CPU
+    with the C++ of rollout.torch.native, everything else with torch. `threads` sets torch's for the whole process.
     `return_routed_experts` gives every ended rollout the experts of its tokens, -1 for the last, which no pass reads;
     an interrupted one has none: its continuation returns those of all tokens. `sleep_level` says whether a run lets
     the engine sleep (0: never); this engine knows one way to.

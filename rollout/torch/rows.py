@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from rollout.engine import Request
-from rollout.sampler import Settings, request_key, uniforms
-from rollout.stop import StopFinder
+from rollout.torch.sampler import Settings, request_key, uniforms
+from rollout.torch.stop import StopFinder
 
 
 @dataclass

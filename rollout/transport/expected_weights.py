@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rollout.transport.payload import Payload, travelling
-from trainer.model.folder import SCALE
+from trainer.checkpoint.folder import SCALE
 
 
 def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from rollout.transport.base import Entry, Layout
-from trainer.model.config import FP8_BLOCKS
-from trainer.model.folder import SCALE
-from trainer.model.hf import stored_as
+from trainer.checkpoint.folder import SCALE
+from trainer.checkpoint.hf import stored_as
+from trainer.model.v3_config import FP8_BLOCKS
 from trainer.precision.quantize import FLOAT8, Quantized, quantize_blocks
 
 # None: as they are; a dtype: floats cast to it; "fp8": E4M3 in blocks of 128x128 where DeepSeek's release has them.

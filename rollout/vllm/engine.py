@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 
 from rollout.engine import EngineUnusable, Request, Rollout
-from rollout.expected_weights import ExpectedWeights
 from rollout.transport.base import Manifest
+from rollout.transport.expected_weights import ExpectedWeights
 from rollout.transport.payload import engine_payload
-from rollout.vllm_draft import Drafts, keep_temperature_of_drafts
-from rollout.vllm_records import all_positions, continued, prompt_logprobs, request_seed, sampled_logprobs
-from rollout.vllm_relay import Relay
-from rollout.vllm_sampling import draw_together
-from rollout.vllm_serving import check_serving, drafts_from_policy
-from rollout.vllm_start import (
+from rollout.vllm.draft import Drafts, keep_temperature_of_drafts
+from rollout.vllm.install import Installed, Installer
+from rollout.vllm.records import all_positions, continued, prompt_logprobs, request_seed, sampled_logprobs
+from rollout.vllm.relay import Relay
+from rollout.vllm.sampling import draw_together
+from rollout.vllm.serving import check_serving, drafts_from_policy
+from rollout.vllm.start import (
     ENVIRONMENT,
     TOKENIZER_FILES,
     check_names,
@@ -40,10 +41,9 @@ from rollout.vllm_start import (
     installed_release,
     on_cpu,
 )
-from rollout.vllm_weights import Installed, Installer
-from trainer.model.config import FP8_BLOCKS
+from trainer.model.v3_config import FP8_BLOCKS
 
-# ---- functions that run inside a vLLM worker; others are in rollout.vllm_weights and rollout.vllm_relay ----
+# ---- functions that run inside a vLLM worker; others are in rollout.vllm.install and rollout.vllm.relay ----
 
 
 def _install(worker: Any, weights: Iterator, manifest: Manifest | None, shapes: dict[str, tuple]) -> Installed:

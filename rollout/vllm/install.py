@@ -1,4 +1,4 @@
-"""How new weights get into a running vLLM model. Of several workers that share one: rollout.vllm_parts.
+"""How new weights get into a running vLLM model. Of several workers that share one: rollout.vllm.parts.
 
 vLLM's own way, `reload_weights`, rebuilds layer after layer in their checkpoint form and repacks it: right wherever
 vLLM repacks, and slow. On a GPU most layers keep the checkpoint's layout, so a copy of every tensor to where it belongs
@@ -26,9 +26,18 @@ from torch import Tensor
 
 from rollout.transport.base import CorruptWeights, Entry, Manifest
 from rollout.transport.fingerprint import Reading, fingerprints
-from rollout.vllm_draft import draft_model, kept_for_draft, reload_draft
-from rollout.vllm_plan import DERIVED, CannotPlan, Copy, Weights, checkpoint_form, copy_weights, plan_copies, unwritten
-from rollout.vllm_serving import reset_expert_placement
+from rollout.vllm.copies import (
+    DERIVED,
+    CannotPlan,
+    Copy,
+    Weights,
+    checkpoint_form,
+    copy_weights,
+    plan_copies,
+    unwritten,
+)
+from rollout.vllm.draft import draft_model, kept_for_draft, reload_draft
+from rollout.vllm.serving import reset_expert_placement
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """How updates get into a vLLM worker that holds parts of the checkpoint's tensors: one of several that share a model
 (tensor, expert or pipeline parallel).
 
-The ways are those of rollout.vllm_weights: vLLM's reload first, direct copies once they are shown to be right. What a
+The ways are those of rollout.vllm.install: vLLM's reload first, direct copies once they are shown to be right. What a
 worker holds cannot be compared with the published fingerprints, which are those of whole tensors. So the parts that
 the plan takes get fingerprints of their own, taken from the tensors as they arrive (each was compared as a whole with
 what was published); after vLLM's own reload the places of the parts must have the same. Every direct update is read
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from rollout.transport.base import CorruptWeights, Entry
 from rollout.transport.fingerprint import Reading
-from rollout.vllm_plan import CannotPlan, Copy, copy_weights
-from rollout.vllm_weights import few, planned, read_where_loaded, refresh_derived, reload, served_models
+from rollout.vllm.copies import CannotPlan, Copy, copy_weights
+from rollout.vllm.install import few, planned, read_where_loaded, refresh_derived, reload, served_models
 
 log = logging.getLogger(__name__)
 

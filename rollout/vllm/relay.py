@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rollout.expected_weights import ExpectedWeights
 from rollout.transport.base import CorruptWeights, Layout, Manifest, layout_of
 from rollout.transport.disk import DiskTransport
+from rollout.transport.expected_weights import ExpectedWeights
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.ipc_server import NotReached, Published
-from rollout.vllm_parts import InstalledParts, PartsInstaller
-from rollout.vllm_weights import Installed, reload
+from rollout.vllm.install import Installed, reload
+from rollout.vllm.parts import InstalledParts, PartsInstaller
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 Every request has a seed of its own here, so that what it becomes does not depend on its batch. vLLM's sampler gives
 each such request's row a kernel launch and its Python: with 512 requests several milliseconds of a step, more than a
-small model computes. In its place one launch fills all rows (rollout.triton_noise). Only engines on GPUs are changed,
+small model computes. In its place one launch fills all rows (triton_noise.py). Only engines on GPUs are changed,
 and only after their GPU has made the noise that numpy expects."""
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _together(sampler: Any) -> Callable[..., Tensor]:
 
 def fill_seeded(noise: Tensor, generators: dict[int, torch.Generator]) -> None:
     """Noise for the rows that have generators, from their seeds and offsets, which it advances."""
-    from rollout.triton_noise import fill_rows
+    from rollout.vllm.triton_noise import fill_rows
 
     seeds = [generator.initial_seed() for generator in generators.values()]
     draws = [generator.get_offset() for generator in generators.values()]
@@ -83,7 +83,7 @@ def fill_seeded(noise: Tensor, generators: dict[int, torch.Generator]) -> None:
 
 def as_expected(device: torch.device) -> bool:
     """Whether the kernel makes, on this device, the noise that it should."""
-    from rollout.triton_noise import expected_row, fill_rows
+    from rollout.vllm.triton_noise import expected_row, fill_rows
 
     noise, seeds, draws = torch.zeros(4, 1003, device=device), [7, (1 << 62) + 5], [0, (1 << 33) + 8]
     fill_rows(noise, [3, 1], seeds, draws)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rewards import code
 from rewards.code import AssertTests, CallTests, ProgramTests, code_reward, extract_code, parse_tests
 from rewards.load import load_reward
-from rewards.runner import RewardRunner
 from rewards.score import Score
+from rewards.workers.runner import RewardRunner
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.countdown import ExpressionError, countdown_reward, evaluate
+from rlzero.examples.countdown.reward import ExpressionError, countdown_reward, evaluate
 
 
 def said(answer: str) -> str:

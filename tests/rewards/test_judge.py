@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from rewards.judge import Judge, JudgeError, pairwise_reward, rubric_reward
-from rewards.runner import RewardRunner
+from rewards.workers.runner import RewardRunner
 
 
 class Endpoint:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rewards.load import RewardError
-from rewards.process import WarmProcess
-from rewards.runner import RewardRunner
+from rewards.workers.process import WarmProcess
+from rewards.workers.runner import RewardRunner
 
 SOURCE = '''
 import asyncio, os, signal, time
@@ -134,7 +134,7 @@ def test_a_worker_that_dies_once_is_replaced_and_nothing_is_lost(file, tmp_path)
 
 
 def test_missing_column_is_an_error_with_the_message(file):
-    with RewardRunner([{"fn": "rewards.countdown:countdown_reward"}], workers=1) as runner:
+    with RewardRunner([{"fn": "rlzero.examples.countdown:countdown_reward"}], workers=1) as runner:
         (scores,) = runner.score(["x"], {"target": 3})
     assert scores[0].verdict == "error" and "['numbers']" in scores[0].detail
 
@@ -224,7 +224,7 @@ def test_close_leaves_no_process(file):
 def test_workers_end_when_their_caller_is_killed(file):
     root = Path(__file__).parents[2]
     code = (
-        "import os, signal\nfrom rewards.runner import RewardRunner\n"
+        "import os, signal\nfrom rewards.workers.runner import RewardRunner\n"
         f"r = RewardRunner([{file + ':length'!r}], workers=1)\n"
         "print(r._seats[0].process.worker_pid, r._seats[0].process._keeper.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

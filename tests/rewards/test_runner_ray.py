@@ -3,9 +3,9 @@
 import pytest
 import ray
 
-from rewards.runner import RewardRunner
+from rewards.workers.runner import RewardRunner
 
-SPECS = [{"fn": "rewards.countdown:countdown_reward"}, {"fn": "rewards.format:format_reward"}]
+SPECS = [{"fn": "rlzero.examples.countdown:countdown_reward"}, {"fn": "rewards.format:format_reward"}]
 ROW = {"numbers": [3, 5, 8], "target": 16}
 RIGHT = "<think>3+5=8</think> <answer>3+5+8</answer>"
 WRONG = "<think>3+5=8</think> <answer>8*5</answer>"

@@ -4,7 +4,7 @@ import pytest
 
 from rewards.code import check
 from rewards.sandbox import Limits, Sandbox
-from rewards.sandbox.attacks.run import ATTACKS, TESTS, beats_naive, run_attacks
+from tests.rewards.attacks.run import ATTACKS, TESTS, beats_naive, run_attacks
 
 _SLOW = {
     "sleep",

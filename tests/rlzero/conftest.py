@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
-from rlzero import base_text
-from rlzero.runlog import read_lines
-from trainer.model.config import V3Config
+from rlzero.examples.countdown import text as base_text
+from rlzero.report.log import read_lines
+from trainer.model.v3_config import V3Config
 from trainer.policy import PolicyOptions, load_policy
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,9 @@ def write_config(tiny_policy, tmp_path_factory) -> Callable[..., Path]:
             "name": "tiny", "output_dir": str(folder / "runs"), "steps": STEPS, "device": "cpu", "threads": 1,
             "policy": {"path": str(tiny_policy), "dtype": "float32"},
             "data": {"train": "countdown", "evaluation": "countdown", "params": {"count": 64}, "max_prompt_tokens": 64},
-            "rewards": [{"fn": "rewards.countdown:countdown_reward"}, {"fn": f"{rewards}:{reward}", "weight": 0.5}],
+            "rewards": [
+                {"fn": "rlzero.examples.countdown:countdown_reward"}, {"fn": f"{rewards}:{reward}", "weight": 0.5}
+            ],
             "reward_workers": 1,
             "batch": {"prompts": 3, "group_size": 3, "minibatches": 1, "tokens_per_micro_batch": 256},
             "rollout": {"engine": "torch", "max_tokens": 24, "max_gap": 1e-4},

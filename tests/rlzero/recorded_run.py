@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlzero import loop
-from rlzero import run as run_module
-from rlzero.cluster import Cluster
-from rlzero.config import Config
-from rlzero.groups import Graded
-from rlzero.run import Run, checkpoints
+from rlzero.cluster.ray_cluster import Cluster
+from rlzero.config.rl import Config
+from rlzero.rl import loop
+from rlzero.rl import run as run_module
+from rlzero.rl.groups import Graded
+from rlzero.rl.run import Run, checkpoints
 from rollout.worker import RolloutWorker
-from trainer import checkpoint
+from trainer.checkpoint import checkpoint
 
 STEP_S = 0.01  # what every step of a slow engine takes longer than its computation
 

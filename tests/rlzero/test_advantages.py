@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlzero.advantages import (
+from rlzero.rl.advantages import (
     ADVANTAGES,
     EPSILON,
     degenerate,

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from rlzero import cli
-from trainer import checkpoint
+from trainer.checkpoint import checkpoint
 
 from .conftest import Train
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_another_architecture_is_not_resumed_from(
 def _make_other_policy(folder: Path) -> None:
     import torch
 
-    from trainer.model.config import V3Config
+    from trainer.model.v3_config import V3Config
     from trainer.policy import PolicyOptions, load_policy
 
     shape = {**vars(V3Config.load(folder)), "num_hidden_layers": 2}

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rlzero import base_text, stages
-from rlzero.countdown import rows, split_of
+from rlzero.examples.countdown import pretrain as stages
+from rlzero.examples.countdown import text as base_text
+from rlzero.examples.countdown.task import rows, split_of
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "configs" / "demo-base.yaml"

@@ -14,13 +14,15 @@ import yaml
 from safetensors.torch import load_file
 
 from rewards.score import Score
-from rlzero import base_text, cli, dump
-from rlzero.config import Config
-from rlzero.groups import Group
-from rlzero.plan import make_plan, read_policy
-from rlzero.reading import UsageError
+from rlzero import cli
+from rlzero.config.read import UsageError
+from rlzero.config.rl import Config
+from rlzero.data import dump
+from rlzero.examples.countdown import text as base_text
+from rlzero.plan.run_plan import make_plan, read_policy
+from rlzero.rl.groups import Group
 from rollout.engine import Prompt, Rollout
-from trainer.model.config import V3Config
+from trainer.model.v3_config import V3Config
 from trainer.policy import PolicyOptions, load_policy
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +56,9 @@ def config_file(tmp_path, policy):
                 "policy": {"path": str(policy), "dtype": "float32"},
                 "data": {"train": "countdown", "evaluation": "countdown", "params": {"count": 16},
                          "max_prompt_tokens": 64},
-                "rewards": [{"fn": "rewards.countdown:countdown_reward"}, {"fn": "rewards.format:format_reward"}],
+                "rewards": [
+                    {"fn": "rlzero.examples.countdown:countdown_reward"}, {"fn": "rewards.format:format_reward"}
+                ],
                 "batch": {"prompts": 2, "group_size": 2, "minibatches": 1, "tokens_per_micro_batch": 256},
                 "rollout": {"max_tokens": 8}, "evaluation": {"prompts": 2, "samples": 2},
                 "tracking": [],
@@ -170,7 +174,7 @@ def test_the_plan_counts_the_models_parameters_exactly(policy, config_file):
         ("data.train=nowhere.jsonl", "nowhere.jsonl: no such data file"),
         ("data.prompt_column=text", "no column 'text'"),
         ("data.max_prompt_tokens=3", "prompts are longer than the 3 tokens"),
-        ("rewards.0.fn=rewards.countdown:none", "rewards that cannot be used"),
+        ("rewards.0.fn=rlzero.examples.countdown:none", "rewards that cannot be used"),
         ("rewards.0.fn=./nowhere.py:reward", "rewards that cannot be used"),
         ("policy.path=/nowhere", "/nowhere: no tokenizer could be loaded"),
         ("rollout.max_tokens=1000", "longer than the policy's context of 512 tokens"),
@@ -231,7 +235,7 @@ def test_score_tells_verdicts_and_false_positives(monkeypatch, capsys, tmp_path)
             for a, r in rows
         )
     )
-    arguments = ("score", tmp_path / "c.jsonl", "--reward", "rewards.countdown:countdown_reward")
+    arguments = ("score", tmp_path / "c.jsonl", "--reward", "rlzero.examples.countdown:countdown_reward")
     code, out, err = run(monkeypatch, capsys, *arguments, "--workers", 1)
     assert code == 0, err
     assert "correct 2, wrong 1" in out and "label wrong: 1 rewarded (false positives), 1 not" in out

@@ -18,15 +18,17 @@ import psutil
 import pytest
 import ray
 
-from rlzero import cluster, launch, loop
-from rlzero.actors import ClusterError
-from rlzero.cluster import Cluster, check_resources
-from rlzero.config import Config
-from rlzero.placement import plan
-from rlzero.reading import UsageError
-from rlzero.run import Run
-from rlzero.runlog import read_lines
-from trainer.checkpoint import CheckpointError
+from rlzero import launch
+from rlzero.cluster import ray_cluster as cluster
+from rlzero.cluster.actors import ClusterError
+from rlzero.cluster.placement import plan
+from rlzero.cluster.ray_cluster import Cluster, check_resources
+from rlzero.config.read import UsageError
+from rlzero.config.rl import Config
+from rlzero.report.log import read_lines
+from rlzero.rl import loop
+from rlzero.rl.run import Run
+from trainer.checkpoint.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlzero.config import NOT_CONFIGURED, Config
-from rlzero.reading import ConfigError, known_names
+from rlzero.config.read import ConfigError, known_names
+from rlzero.config.rl import NOT_CONFIGURED, Config
 
 MINIMAL = """
 policy: {path: ./base}
 data: {train: countdown}
-rewards: [{fn: "rewards.countdown:countdown_reward"}]
+rewards: [{fn: "rlzero.examples.countdown:countdown_reward"}]
 """
 
 

@@ -17,15 +17,17 @@ import pytest
 import torch
 
 from rewards.score import Score
-from rlzero import dump, launch, loop
-from rlzero.config import Config
-from rlzero.groups import Group, grade, to_samples
+from rlzero import launch
+from rlzero.config.rl import Config
+from rlzero.data import dump
+from rlzero.rl import loop
+from rlzero.rl.groups import Group, grade, to_samples
 from rollout.engine import Prompt, Rollout
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 BOUND = 2e-4  # the policy computes in float32
 MAX_TOKENS = 24
-REWARDS = [{"fn": "rewards.countdown:countdown_reward"}, {"fn": "rewards.format:format_reward", "weight": 0.5}]
+REWARDS = [{"fn": "rlzero.examples.countdown:countdown_reward"}, {"fn": "rewards.format:format_reward", "weight": 0.5}]
 PLAIN = {
     "loss.kl_coef": 0, "optimizer.warmup_steps": 0, "data.evaluation": None, "evaluation.every": 0,
     "batch.prompts": 4, "rollout.max_tokens": MAX_TOKENS, "rewards": REWARDS,

@@ -7,7 +7,7 @@ from itertools import combinations_with_replacement, islice, permutations, produ
 
 import pytest
 
-from rlzero.countdown import LARGEST, moves, reachable, rows, split_of, tasks
+from rlzero.examples.countdown.task import LARGEST, moves, reachable, rows, split_of, tasks
 
 
 def brute_force(numbers: tuple[int, ...]) -> set[Fraction]:

@@ -5,9 +5,8 @@ from collections import Counter
 
 import pytest
 
-from rlzero import base_text, countdown
-from rlzero.config import Config
-from rlzero.data import (
+from rlzero.config.rl import Config
+from rlzero.data.prompts import (
     R1_ZERO_TEMPLATE,
     DataError,
     Prompts,
@@ -19,6 +18,8 @@ from rlzero.data import (
     load_tokenizer,
     read_jsonl,
 )
+from rlzero.examples.countdown import task as countdown
+from rlzero.examples.countdown import text as base_text
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +273,7 @@ def test_params_for_a_file_are_an_error(jsonl):
 
 def test_held_out_prompts_are_the_same_for_every_seed(tokenizer, tmp_path):
     (tmp_path / "run.yaml").write_text(
-        "policy: {path: base}\nrewards: [{fn: 'rewards.countdown:countdown_reward'}]\n"
+        "policy: {path: base}\nrewards: [{fn: 'rlzero.examples.countdown:countdown_reward'}]\n"
         "data: {train: countdown, evaluation: countdown, params: {count: 40}}\nevaluation: {prompts: 8}\n"
     )
     first, second = (

@@ -7,11 +7,11 @@ import pytest
 
 from rewards.score import Score
 from rlzero import launch
-from rlzero.actors import TrainerActor
-from rlzero.config import Config, Reward
-from rlzero.groups import Graded, Group
-from rlzero.metrics import Written
-from rlzero.runlog import read_lines
+from rlzero.cluster.actors import TrainerActor
+from rlzero.config.rl import Config, Reward
+from rlzero.report.log import read_lines
+from rlzero.rl.groups import Graded, Group
+from rlzero.rl.metrics import Written
 from rollout.engine import Prompt, Rollout
 from rollout.transport.disk import DiskTransport
 from trainer.optimizer import OptimizerOptions

@@ -6,12 +6,12 @@ import random
 
 import pytest
 
-from rewards.runner import RewardRunner
 from rewards.score import Score
-from rlzero import evaluate
-from rlzero.config import Reward
-from rlzero.evaluate import Outcome, answer_of, consensus, figures, pass_at_k
-from rlzero.groups import Group
+from rewards.workers.runner import RewardRunner
+from rlzero.config.rl import Reward
+from rlzero.eval import evaluate
+from rlzero.eval.evaluate import Outcome, answer_of, consensus, figures, pass_at_k
+from rlzero.rl.groups import Group
 from rollout.engine import Prompt, Request, Rollout, Sampling
 
 
@@ -132,7 +132,7 @@ def test_the_driver_scores_every_completion_with_its_own_row_in_order():
         Prompt("b", "", (1,), {"numbers": [2, 7], "target": 14}),
     ]
     engine = Echo({"a": written(["3+5", "5-3", "5+3", "8"]), "b": written(["2*7", "7*2", "7*2", "7+7"])})
-    specs = [Reward(fn="rewards.countdown:countdown_reward")]
+    specs = [Reward(fn="rlzero.examples.countdown:countdown_reward")]
     with RewardRunner(specs, workers=1) as runner:
         groups = evaluate.write_and_score(engine, runner, prompts, 4, Sampling(8))
     assert [[s.verdict == "correct" for (s,) in group.scores] for group in groups] == [

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from rlzero.cli import main
 from tests.trainer.test_model_parity import TINY, packed, random_model, relative
-from trainer.model import hf
+from trainer.checkpoint import hf
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from rlzero.cluster import Cluster
-from rlzero.config import Config
-from rlzero.fleet import Fleet, room
+from rlzero.cluster.engines import Fleet, room
+from rlzero.cluster.ray_cluster import Cluster
+from rlzero.config.rl import Config
 from rollout.engine import Request, Rollout, Sampling
 
 from .recorded_run import SlowCluster

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from benchmarks.train_step_gpu import TOKENS, V3_2B
-from rlzero import gpu_plan, model_plan
-from rlzero.config import Config
-from rlzero.gpu_memory import LayerSize, TrainerWork, cache_for, kept_of_layer, trainer_memory
-from rlzero.gpu_plan import Device, make_gpu_plan
-from rlzero.plan import describe_gpu, engine_options, make_plan, shortage, sleep_level
-from rlzero.policy_size import Policy, read_policy
-from rlzero.reading import UsageError
-from rlzero.run import Run
-from trainer.model.config import V3Config
+from rlzero.config.read import UsageError
+from rlzero.config.rl import Config
+from rlzero.plan import gpu_plan, model_plan
+from rlzero.plan.gpu_memory import LayerSize, TrainerWork, cache_for, kept_of_layer, trainer_memory
+from rlzero.plan.gpu_plan import Device, make_gpu_plan
+from rlzero.plan.policy_size import Policy, read_policy
+from rlzero.plan.run_plan import describe_gpu, engine_options, make_plan, shortage, sleep_level
+from rlzero.rl.run import Run
+from trainer.model.v3_config import V3Config
 
 GB = 1e9
 H100 = Device("H100 80GB", int(79.1 * 2**30), False)

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from benchmarks.train_step_gpu import V3_2B
-from rlzero.gpu_memory import TrainerWork, recompute_of, trainer_memory
-from rlzero.policy_size import read_policy
+from rlzero.plan.gpu_memory import TrainerWork, recompute_of, trainer_memory
+from rlzero.plan.policy_size import read_policy
+from trainer.checkpoint.hf import save_folder
 from trainer.losses import LossOptions
-from trainer.model.hf import save_folder
 from trainer.model.v3 import V3Model
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack
 from trainer.policy import PolicyOptions
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 

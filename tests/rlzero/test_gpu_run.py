@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from rlzero import base_text
-from rlzero.runlog import read_lines
-from trainer.model.config import V3Config
+from rlzero.examples.countdown import text as base_text
+from rlzero.report.log import read_lines
+from trainer.model.v3_config import V3Config
 from trainer.policy import PolicyOptions, load_policy
 
 from .conftest import Train

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from rewards.load import RewardError
-from rlzero import launch, loop
-from rlzero.config import Config
-from rlzero.groups import Graded, to_samples
-from rlzero.run import Run
-from rlzero.runlog import read_lines
-from trainer import checkpoint
-from trainer.model import hf
+from rlzero import launch
+from rlzero.config.rl import Config
+from rlzero.report.log import read_lines
+from rlzero.rl import loop
+from rlzero.rl.groups import Graded, to_samples
+from rlzero.rl.run import Run
+from trainer.checkpoint import checkpoint, hf
 
 pytestmark = pytest.mark.timeout(170)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from rlzero import model_plan, rates
 from rlzero.cli import main
-from rlzero.model_plan import ModelConfig, count_parameters, make_model_plan, stages
-from rlzero.reading import ConfigError
+from rlzero.config.read import ConfigError
+from rlzero.plan import model_plan, rates
+from rlzero.plan.model_plan import ModelConfig, count_parameters, make_model_plan, stages
 from trainer.model.v3 import V3Model
 
 ROOT = Path(__file__).parents[2]

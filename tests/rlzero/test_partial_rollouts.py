@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlzero import loop, writer
-from rlzero import run as run_module
-from rlzero.config import Config
-from rlzero.runlog import read_lines
+from rlzero.config.rl import Config
+from rlzero.report.log import read_lines
+from rlzero.rl import loop
+from rlzero.rl import rollouts as writer
+from rlzero.rl import run as run_module
 from rollout.engine import Request, Rollout
-from rollout.torch_engine import TorchEngine
+from rollout.torch.engine import TorchEngine
 from rollout.transport.disk import read_folder
 
 from .conftest import Train

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rlzero.config import Config
-from rlzero.placement import choose, plan
-from rlzero.reading import ConfigError
+from rlzero.cluster.placement import choose, plan
+from rlzero.config.read import ConfigError
+from rlzero.config.rl import Config
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import psutil
 import pytest
 import ray
 
-from rlzero import loop
-from rlzero.actors import ClusterError, TrainerDied, TrainerHandle
-from rlzero.cluster import Cluster
-from rlzero.config import Config
-from rlzero.reading import UsageError
-from rlzero.run import Run
-from rlzero.runlog import read_lines
+from rlzero.cluster.actors import ClusterError, TrainerDied, TrainerHandle
+from rlzero.cluster.ray_cluster import Cluster
+from rlzero.config.read import UsageError
+from rlzero.config.rl import Config
+from rlzero.report.log import read_lines
+from rlzero.rl import loop
+from rlzero.rl.run import Run
 
 from .conftest import STEPS, Train
 

@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from rewards.score import Score
-from rlzero.config import Config
-from rlzero.curves import Series, line_chart, running_mean, stacked_bars, ticks
-from rlzero.display import Display
-from rlzero.groups import Group
-from rlzero.reading import UsageError
-from rlzero.report import curve_svg, summary, write_report
-from rlzero.runlog import TEXT_KEPT, RunLog, read_lines
+from rlzero.config.read import UsageError
+from rlzero.config.rl import Config
+from rlzero.report.display import Display
+from rlzero.report.html import curve_svg, summary, write_report
+from rlzero.report.log import TEXT_KEPT, RunLog, read_lines
+from rlzero.report.plots import Series, line_chart, running_mean, stacked_bars, ticks
+from rlzero.rl.groups import Group
 from rollout.engine import Prompt, Rollout
 
 SVG = "{http://www.w3.org/2000/svg}"

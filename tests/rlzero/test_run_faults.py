@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from rlzero import loop
-from rlzero.actors import ClusterError, TrainerDied
-from rlzero.config import Config
-from rlzero.groups import Group
-from rlzero.run import Run
-from rlzero.runlog import read_lines
-from trainer import checkpoint
+from rlzero.cluster.actors import ClusterError, TrainerDied
+from rlzero.config.rl import Config
+from rlzero.report.log import read_lines
+from rlzero.rl import loop
+from rlzero.rl.groups import Group
+from rlzero.rl.run import Run
+from trainer.checkpoint import checkpoint
 
 from .conftest import STEPS, Train
 

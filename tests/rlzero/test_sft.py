@@ -16,9 +16,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlzero import base_text, cli, sft
-from rlzero.runlog import read_lines
-from rlzero.sft_config import SftConfig
+from rlzero import cli
+from rlzero.config.sft import SftConfig
+from rlzero.examples.countdown import text as base_text
+from rlzero.report.log import read_lines
+from rlzero.stages import sft
 from trainer.policy import PolicyOptions, load_policy
 
 ROOT = Path(__file__).parents[2]

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from rewards.score import Score
-from rlzero import base_text, dump
-from rlzero.data import R1_ZERO_TEMPLATE, DataError
-from rlzero.groups import Group
-from rlzero.sft_config import SftConfig
-from rlzero.sft_rows import load_examples, load_sft_tokenizer
+from rlzero.config.sft import SftConfig
+from rlzero.data import dump
+from rlzero.data.examples import load_examples, load_sft_tokenizer
+from rlzero.data.prompts import R1_ZERO_TEMPLATE, DataError
+from rlzero.examples.countdown import text as base_text
+from rlzero.rl.groups import Group
 from rollout.engine import Prompt, Rollout
 
 CHATML = (

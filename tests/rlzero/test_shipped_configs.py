@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlzero.config import Config
-from rlzero.data import load_prompts, load_tokenizer
+from rlzero.config.rl import Config
+from rlzero.config.sft import SftConfig
+from rlzero.data.prompts import load_prompts, load_tokenizer
+from rlzero.examples.countdown.pretrain import BaseConfig
 from rlzero.launch import check_rewards
-from rlzero.sft_config import SftConfig
-from rlzero.stages import BaseConfig
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))

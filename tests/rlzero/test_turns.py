@@ -9,11 +9,11 @@ import signal
 import psutil
 import pytest
 
-from rlzero import loop
-from rlzero.config import Config
-from rlzero.reading import UsageError
-from rlzero.run import Run
-from rlzero.runlog import read_lines
+from rlzero.config.read import UsageError
+from rlzero.config.rl import Config
+from rlzero.report.log import read_lines
+from rlzero.rl import loop
+from rlzero.rl.run import Run
 from rollout.engine import EngineUnusable
 
 pytestmark = pytest.mark.timeout(400)

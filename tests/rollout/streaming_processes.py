@@ -82,7 +82,7 @@ class TrainerRank:
 
     def offer(self, version: int) -> Any:
         """Weights drawn anew for each version."""
-        from trainer.parallel.policy import load_sharded_policy
+        from trainer.parallel.sharded_policy import load_sharded_policy
         from trainer.policy import PolicyOptions
 
         self.policy = load_sharded_policy(PolicyOptions(**OPTIONS), self.ranks, seed=version)

@@ -13,12 +13,12 @@ import torch
 
 from rollout.engine import EngineUnusable, Request, Rollout, Sampling, generate
 from rollout.engine_thread import EngineThread
-from rollout.torch_engine import TorchEngine
+from rollout.torch.engine import TorchEngine
 from rollout.transport.disk import read_folder
 from rollout.worker import make_engine
-from trainer.model import hf
-from trainer.model.config import V3Config
+from trainer.checkpoint import hf
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -12,9 +12,9 @@ import torch
 from rollout.probe import gap, probe_sequences
 from tests.rollout.test_vllm_engine import VOCAB, save_tokenizer
 from tests.rollout.vllm_process import CONTEXT, ON_GPU, Engines
-from trainer.model import hf
-from trainer.model.config import V3Config
+from trainer.checkpoint import hf
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 
 pytestmark = pytest.mark.timeout(170)
 

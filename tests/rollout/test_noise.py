@@ -31,7 +31,7 @@ class Stream:
 
 
 def rows_are_those_of_seed_and_draw() -> None:
-    from rollout.triton_noise import expected_row, fill_rows
+    from rollout.vllm.triton_noise import expected_row, fill_rows
 
     given = {4: (7, 0), 0: ((1 << 63) + 12345, 4), 2: ((1 << 62) + 1, (1 << 33) + 8)}
     noise = torch.full((5, WIDTH), -1.0)
@@ -45,7 +45,7 @@ def tokens_follow_the_probabilities() -> None:
     """Of 2,000 requests, within five standard deviations; the rare token too, which only small noise can choose."""
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    from rollout.vllm_sampling import _together
+    from rollout.vllm.sampling import _together
 
     count, probs = 2_000, torch.tensor([0.6, 0.0, 0.3, 0.09, 0.01])
     chosen = _together(topk_topp_sampler)(probs.repeat(count, 1), {i: Stream(i) for i in range(count)})
@@ -56,7 +56,7 @@ def tokens_follow_the_probabilities() -> None:
 def a_request_draws_the_same_in_every_batch() -> None:
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    from rollout.vllm_sampling import _together
+    from rollout.vllm.sampling import _together
 
     sample = _together(topk_topp_sampler)
     probs = torch.rand(6, WIDTH, generator=torch.Generator().manual_seed(0)).softmax(-1)
@@ -87,7 +87,7 @@ def test_interpreted(check):
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_kernel_makes_the_expected_noise_and_advances_generators():
-    from rollout.vllm_sampling import as_expected, fill_seeded
+    from rollout.vllm.sampling import as_expected, fill_seeded
 
     device = torch.device("cuda")
     assert as_expected(device)

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.decode_v3 import V3Decoder
-from rollout.expected_weights import ExpectedWeights, checkpoint_shapes
+from rollout.torch.decode_v3 import V3Decoder
 from rollout.transport.base import layout_of
 from rollout.transport.buckets import buckets_of, nbytes
 from rollout.transport.disk import read_folder
+from rollout.transport.expected_weights import ExpectedWeights, checkpoint_shapes
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import NcclTransport
 from rollout.transport.payload import dequantized, engine_payload, put, travelling
-from trainer.model.config import V3Config
-from trainer.model.hf import convert_folder, named_checkpoint_tensors, save_folder
+from trainer.checkpoint.hf import convert_folder, named_checkpoint_tensors, save_folder
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 from trainer.precision.quantize import quantize_blocks
 
 pytestmark = pytest.mark.timeout(120)

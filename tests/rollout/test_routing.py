@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from rollout.engine import Request, Rollout, Sampling, generate
-from rollout.torch_engine import TorchEngine
-from trainer.model.config import V3Config
-from trainer.model.hf import named_checkpoint_tensors, save_folder
+from rollout.torch.engine import TorchEngine
+from trainer.checkpoint.hf import named_checkpoint_tensors, save_folder
 from trainer.model.moe import Router
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 
 CONFIG = V3Config(
     vocab_size=61, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rollout.engine import Rollout
-from rollout.vllm_draft import Drafts, kept_for_draft
-from rollout.vllm_records import all_positions, continued
-from rollout.vllm_serving import check_serving, drafts_from_policy
+from rollout.vllm.draft import Drafts, kept_for_draft
+from rollout.vllm.records import all_positions, continued
+from rollout.vllm.serving import check_serving, drafts_from_policy
 
 V3 = {"num_nextn_predict_layers": 1}
 PLAIN = {"num_nextn_predict_layers": 0}
@@ -125,7 +125,7 @@ PLACEMENT = """
 import torch
 from types import SimpleNamespace
 from vllm.distributed.eplb.eplb_state import EplbState, _commit_eplb_maps
-from rollout.vllm_serving import reset_expert_placement
+from rollout.vllm.serving import reset_expert_placement
 
 model = SimpleNamespace(num_routed_experts=4, num_redundant_experts=2)
 placed = SimpleNamespace(

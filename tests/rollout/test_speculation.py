@@ -19,13 +19,13 @@ from rollout.probe import gap
 from rollout.transport.ipc import IpcTransport
 from tests.rollout.test_vllm_engine import DTYPE, VOCAB, finish, install, near, save_tokenizer
 from tests.rollout.vllm_process import ON_GPU, Engines, EngineUnderTest, started
-from trainer.model import hf
-from trainer.model.config import V3Config
+from trainer.checkpoint import hf
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack
 from trainer.policy import PolicyOptions
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 pytestmark = [pytest.mark.timeout(170), *([pytest.mark.gpu] if ON_GPU else [])]
 

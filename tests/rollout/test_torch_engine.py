@@ -22,10 +22,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from rollout import sampler
 from rollout.engine import Request, Sampling, generate
-from rollout.native import library
-from rollout.torch_engine import EngineUnusable, TorchEngine
+from rollout.torch import sampler
+from rollout.torch.engine import EngineUnusable, TorchEngine
+from rollout.torch.native import library
 from rollout.transport.disk import read_folder
 
 VOCAB = 97

@@ -10,14 +10,14 @@ import pytest
 import ray
 import torch
 
-from rollout.torch_engine import EngineUnusable, TorchEngine
+from rollout.torch.engine import EngineUnusable, TorchEngine
 from rollout.transport.base import CorruptWeights, Manifest, changed, describe, fingerprint
 from rollout.transport.disk import DiskTransport
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.object_store import ObjectStoreTransport
-from trainer.model.config import V3Config
-from trainer.model.hf import named_checkpoint_tensors, save_folder
+from trainer.checkpoint.hf import named_checkpoint_tensors, save_folder
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

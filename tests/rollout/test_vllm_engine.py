@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rollout.engine import Request, Rollout, Sampling, generate
-from rollout.expected_weights import ExpectedWeights
 from rollout.probe import gap, probe_sequences
 from rollout.transport.base import describe_all
+from rollout.transport.expected_weights import ExpectedWeights
 from rollout.transport.ipc import IpcTransport
-from rollout.vllm_engine import check_release, request_seed
-from rollout.vllm_plan import copy_weights, plan_copies
-from rollout.vllm_weights import Installed, differing
+from rollout.vllm.copies import copy_weights, plan_copies
+from rollout.vllm.engine import check_release, request_seed
+from rollout.vllm.install import Installed, differing
 from tests.rollout.vllm_process import CONTEXT, ON_GPU, Engines
 
 pytestmark = [pytest.mark.timeout(170), *([pytest.mark.gpu] if ON_GPU else [])]  # there all of it is about the GPU

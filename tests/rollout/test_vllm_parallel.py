@@ -17,10 +17,10 @@ import torch
 from rollout.probe import gap
 from rollout.transport.base import describe_all, layout_of
 from rollout.transport.ipc import IpcTransport
-from rollout.vllm_engine import VLLMEngine
-from rollout.vllm_parts import PartsInstaller
-from rollout.vllm_relay import verified_by_all
-from rollout.vllm_weights import Installed
+from rollout.vllm.engine import VLLMEngine
+from rollout.vllm.install import Installed
+from rollout.vllm.parts import PartsInstaller
+from rollout.vllm.relay import verified_by_all
 from tests.rollout.test_vllm_engine import (
     DTYPE,
     SEQUENCES,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from rollout.transport.base import CorruptWeights, describe_all, layout_of
-from rollout.vllm_parts import UNREAD, Parts, PartsInstaller, same_parts
-from rollout.vllm_plan import copy_weights, plan_copies
-from rollout.vllm_relay import verified_by_all
+from rollout.vllm.copies import copy_weights, plan_copies
+from rollout.vllm.parts import UNREAD, Parts, PartsInstaller, same_parts
+from rollout.vllm.relay import verified_by_all
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from rollout.transport import ipc_server
 from rollout.transport.base import CorruptWeights, Manifest, Received, describe_all
 from rollout.transport.ipc import IpcTransport
-from rollout.vllm_relay import Relay
+from rollout.vllm.relay import Relay
 
 pytestmark = pytest.mark.timeout(120)
 

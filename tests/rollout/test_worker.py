@@ -15,15 +15,15 @@ import torch
 
 from rollout.engine import Request, Sampling, generate
 from rollout.probe import gap, probe_sequences
-from rollout.torch_engine import TorchEngine
+from rollout.torch.engine import TorchEngine
 from rollout.transport.disk import DiskTransport
 from rollout.transport.ipc import IpcTransport
 from rollout.transport.nccl import NcclTransport
 from rollout.transport.object_store import ObjectStoreTransport
 from rollout.worker import RolloutWorker, choose_engine, make_engine, receive
-from trainer.model import hf
-from trainer.model.config import V3Config
+from trainer.checkpoint import hf
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 
 pytestmark = pytest.mark.timeout(170)
 

@@ -12,18 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-from rollout.vllm_engine import ENVIRONMENT
+from rollout.vllm.engine import ENVIRONMENT
 
 os.environ |= ENVIRONMENT
 
 import torch
 
-from rollout.expected_weights import ExpectedWeights
+from rollout.transport.expected_weights import ExpectedWeights
 from rollout.transport.ipc import IpcTransport
-from rollout.vllm_weights import Installer, derived_weights, expert_scales
-from trainer.model.config import FP8_BLOCKS, V3Config
-from trainer.model.hf import named_checkpoint_tensors, save_folder
+from rollout.vllm.install import Installer, derived_weights, expert_scales
+from trainer.checkpoint.hf import named_checkpoint_tensors, save_folder
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import FP8_BLOCKS, V3Config
 from trainer.precision.quantize import quantize_blocks
 
 CONFIG = V3Config(

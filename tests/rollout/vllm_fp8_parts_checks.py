@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from rollout.expected_weights import ExpectedWeights
+from rollout.transport.expected_weights import ExpectedWeights
 from rollout.transport.ipc import IpcTransport
-from rollout.vllm_parts import PartsInstaller
-from rollout.vllm_relay import verified_by_all
-from rollout.vllm_weights import expert_scales
+from rollout.vllm.install import expert_scales
+from rollout.vllm.parts import PartsInstaller
+from rollout.vllm.relay import verified_by_all
 from tests.rollout.vllm_fp8_checks import CONFIG, Runner, started
-from trainer.model.hf import named_checkpoint_tensors, save_folder
+from trainer.checkpoint.hf import named_checkpoint_tensors, save_folder
 from trainer.model.v3 import V3Model
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from rollout.transport.ipc import IpcTransport
-from rollout.vllm_engine import VLLMEngine
-from rollout.vllm_weights import Installed
+from rollout.vllm.engine import VLLMEngine
+from rollout.vllm.install import Installed
 
 ON_GPU = torch.cuda.is_available()
 CONTEXT = 200

@@ -17,7 +17,7 @@ from trainer.packing import Sample, pack
 from trainer.parallel import experts as parallel_experts
 from trainer.parallel.ranks import ParallelOptions, Rendezvous
 from trainer.policy import PolicyOptions
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 V3 = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 3,

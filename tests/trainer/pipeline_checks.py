@@ -12,8 +12,8 @@ import torch.distributed as dist
 from parallel_checks import V3, samples
 
 from trainer.losses import LossOptions, policy_loss
-from trainer.model.config import V3Config
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 from trainer.packing import pack, to_device
 from trainer.parallel.pipeline import SCHEDULES, Pipeline
 from trainer.policy import PolicyOptions, V3Policy

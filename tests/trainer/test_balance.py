@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.balance import affinity_hits, batch_balance, router_metrics
 from trainer.losses import LossOptions
+from trainer.model.balance import affinity_hits, batch_balance, router_metrics
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack
 from trainer.policy import PolicyOptions, load_policy
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 V3 = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointError, keep_last, latest, verify, writing
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.checkpoint import CheckpointError, keep_last, latest, verify, writing
 
 
 def write(target, text="x", files=1):

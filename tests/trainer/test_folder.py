@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.test_model_parity import TINY, packed, random_model, relative
-from trainer.model import hf
-from trainer.model.config import FP8_BLOCKS, V3Config
-from trainer.model.folder import Entry, FolderReader, FolderWriter
+from trainer.checkpoint import hf
+from trainer.checkpoint.folder import Entry, FolderReader, FolderWriter
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import FP8_BLOCKS, V3Config
 
 # Sides of one block, of several whole ones, and with a rest, as V3's 576 rows of kv_a_proj have.
 ODD = dataclasses.replace(

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.head import token_logprobs
+from trainer.model.head import token_logprobs
 
 N, HIDDEN, VOCABULARY = 37, 24, 101
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from trainer import head
-from trainer.head import token_logprobs
+from trainer.model import head
+from trainer.model.head import token_logprobs
 
 pytestmark = pytest.mark.gpu
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.test_model_parity import CONFIGS, TINY, packed, random_model, relative
-from trainer.model import hf
-from trainer.model.config import V3Config
+from trainer.checkpoint import hf
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 from trainer.precision.quantize import quantize_blocks
 
 

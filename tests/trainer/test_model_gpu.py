@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from tests.trainer.test_model_parity import random_model
-from trainer.model.config import V3Config
 from trainer.model.documents import group_documents
 from trainer.model.moe import Router, select_experts
 from trainer.model.packed_attention import packed_attention
 from trainer.model.rope import turns
+from trainer.model.v3_config import V3Config
 
 pytestmark = pytest.mark.gpu
 
@@ -205,8 +205,8 @@ def test_a_step_never_waits_for_the_device(lengths):
 
 
 def test_experts_give_the_same_bits_in_every_run():
-    from trainer.model.gpu_moe import experts
-    from trainer.model.triton_route import Counts
+    from trainer.model.kernels.gpu_moe import experts
+    from trainer.model.kernels.triton_route import Counts
 
     g = torch.Generator("cuda").manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=g, device="cuda").to(torch.bfloat16)  # noqa: E731

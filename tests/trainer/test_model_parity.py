@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from trainer.model import hf
-from trainer.model.config import V3Config
+from trainer.checkpoint import hf
 from trainer.model.v3 import V3Model
+from trainer.model.v3_config import V3Config
 
 TINY = V3Config(
     vocab_size=61,

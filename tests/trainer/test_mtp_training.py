@@ -7,7 +7,7 @@ import torch
 from transformers.modeling_layers import MtpModel
 
 from tests.trainer.test_model_parity import TINY, fused_names, random_model, transformers_twin
-from trainer.model import hf
+from trainer.checkpoint import hf
 from trainer.packing import Sample, pack
 from trainer.policy import PolicyOptions, V3Policy
 

@@ -114,7 +114,7 @@ def test_a_v3_folder_gives_the_same_log_probabilities_in_transformers(tmp_path):
     ("name", "packed"), [("llama", True), ("qwen2-sliding", True), ("gemma2", False), ("mamba", False)]
 )
 def test_the_form_is_found_at_loading_and_the_slow_one_is_logged(name, packed, caplog):
-    with caplog.at_level(logging.WARNING, logger="trainer.transformers_policy"):
+    with caplog.at_level(logging.WARNING, logger="trainer.hf_policy"):
         assert policy(TRANSFORMERS[name]).packed is packed
     assert bool([r for r in caplog.records if "runs padded" in r.message]) is not packed
 

@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from rewards.score import Score
-from rlzero import dump
-from rlzero.config import Algorithm, Reward
-from rlzero.groups import Group, grade, to_samples
+from rlzero.config.rl import Algorithm, Reward
+from rlzero.data import dump
+from rlzero.rl.groups import Group, grade, to_samples
 from rollout.engine import Prompt, Rollout
 from trainer.losses import LossOptions
-from trainer.model.config import V3Config
 from trainer.model.moe import Router, agreement
+from trainer.model.v3_config import V3Config
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack, to_device
 from trainer.policy import PolicyOptions, load_policy
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 V3 = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,

@@ -7,7 +7,7 @@ from trainer.losses import LossOptions
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack
 from trainer.policy import PolicyOptions
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 

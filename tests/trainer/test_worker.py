@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointError
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.checkpoint import CheckpointError
 from trainer.losses import LossOptions
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack
 from trainer.policy import PolicyOptions
-from trainer.worker import Trainer
+from trainer.trainer import Trainer
 
 V3 = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,

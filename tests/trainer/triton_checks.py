@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from tests.trainer.test_model_parity import CONFIGS, packed, random_model, relative
-from trainer.model import attention, gpu_moe, layers, moe, triton_route
+from trainer.model import attention, layers, moe
+from trainer.model.kernels import gpu_moe, triton_route
+from trainer.model.kernels.triton_moe import gather_sum, scatter_rows
+from trainer.model.kernels.triton_rope import backward_, queries_keys_values_, resize
+from trainer.model.kernels.triton_route import Counts, Order, decide
 from trainer.model.rope import apply_rope
-from trainer.model.triton_moe import gather_sum, scatter_rows
-from trainer.model.triton_rope import backward_, queries_keys_values_, resize
-from trainer.model.triton_route import Counts, Order, decide
 from trainer.parallel import slots as parallel_slots
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_model_triton.py"

@@ -5,7 +5,9 @@ import contextlib
 import pytest
 import torch
 
-from trainer import head, masters, triton_adamw, triton_head
+from trainer import masters
+from trainer.model import head
+from trainer.model.kernels import triton_adamw, triton_head
 
 N, VOCABULARY, HIDDEN, TEMPERATURE = 13, 203, 16, 0.7
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 STATE = "trainer_state"  # subfolder with all that is not the Hugging Face folder
 MANIFEST = f"{STATE}/manifest.json"
 WHOLE = "optimizer.safetensors"  # in STATE: the optimizer's state as one rank writes it
-SHARDS = "optimizer"  # in STATE: as several do (trainer.parallel.checkpoint)
+SHARDS = "optimizer"  # in STATE: as several do (trainer.checkpoint.shards)
 FORMAT = 1
 _STEP = re.compile(r"step-(\d+)$")
 _FULL = {

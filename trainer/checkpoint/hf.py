@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trainer.model.config import FP8_BLOCKS, V3Config
-from trainer.model.folder import SCALE, Entry, FolderReader, FolderWriter, refuse
+from trainer.checkpoint.folder import SCALE, Entry, FolderReader, FolderWriter, refuse
 from trainer.model.layers import SwiGLU
 from trainer.model.moe import MoE
 from trainer.model.v3 import Block, V3Model
+from trainer.model.v3_config import FP8_BLOCKS, V3Config
 from trainer.precision.quantize import FLOAT8, Quantized, block_scales_shape, quantize_blocks
 from trainer.precision.recipe import Recipe
 
@@ -202,7 +202,7 @@ def save_folder(
     The scales of blocks that still fit are taken from `scales`, for example a `FolderReader.scale` of the FP8 folder
     that the model was loaded from: unchanged weights then give that folder's bytes. Without them the first FP8 export
     of a BF16 model may move scales by 2^-8 of their value (E4M3 codes stay, where the largest of a block was 448), and
-    every later one repeats it exactly. Not atomic: trainer.checkpoint writes into a folder it renames.
+    every later one repeats it exactly. Not atomic: trainer.checkpoint.checkpoint writes into a folder it renames.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

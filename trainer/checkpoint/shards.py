@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint import SHARDS, WHOLE
+from trainer.checkpoint.checkpoint import SHARDS, WHOLE
 from trainer.optimizer import Optimizer
-from trainer.parallel.policy import ShardedV3Policy
+from trainer.parallel.sharded_policy import ShardedV3Policy
 
 
 def save_shards(folder: Path, policy: ShardedV3Policy, optimizer: Optimizer) -> None:

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from trainer.model.config import V3Config
 from trainer.model.documents import Documents
 from trainer.model.layers import Linear, RMSNorm, has_kernels
 from trainer.model.packed_attention import packed_attention
 from trainer.model.rope import softmax_scale
+from trainer.model.v3_config import V3Config
 from trainer.precision.recipe import Recipe
 
 # DeepSeek's code and transformers fix the epsilon of the two latent norms; vLLM takes `rms_norm_eps`. They are the
@@ -62,7 +62,7 @@ class MLA(nn.Module):
             q = None if c.q_lora_rank is None else self.q_norm(self.wq_a(x))
             kv, k_pe = self.wkv_a(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
             return q, self.kv_norm(kv), k_pe
-        from trainer.model.triton_norm import latent_norms
+        from trainer.model.kernels.triton_norm import latent_norms
 
         q_weight = None if c.q_lora_rank is None else self.q_norm.weight
         if c.q_lora_rank is None:

@@ -121,7 +121,7 @@ class _FusedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, entropy, chunk, gradient):
-        from trainer import triton_head
+        from trainer.model.kernels import triton_head
 
         n, vocabulary = len(hidden), len(weight)
         ctx.set_materialize_grads(False)
@@ -160,7 +160,7 @@ class _FusedLogprobs(torch.autograd.Function):
 
 
 def _from_probabilities(ctx, hidden, weight, targets, normalizers, entropies, d_logprobs, d_entropies):
-    from trainer import triton_head
+    from trainer.model.kernels import triton_head
 
     grad, ctx.probabilities = ctx.probabilities, None  # becomes the gradient, in place
     if grad is None:
@@ -171,7 +171,7 @@ def _from_probabilities(ctx, hidden, weight, targets, normalizers, entropies, d_
 
 
 def _from_logits(ctx, hidden, weight, targets, normalizers, entropies, d_logprobs, d_entropies):
-    from trainer import triton_head
+    from trainer.model.kernels import triton_head
 
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None

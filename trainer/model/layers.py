@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
         """(x + delta, the norm of that). Without `delta` the first is `x`: where `x` is used again, use it instead;
         a GPU then sums both gradients in one pass."""
         if has_kernels(x):
-            from trainer.model.triton_norm import add_norm
+            from trainer.model.kernels.triton_norm import add_norm
 
             return add_norm(x, delta, self.weight, self.eps)
         x = x if delta is None else x + delta
@@ -94,7 +94,7 @@ class SwiGLU(nn.Module):
 def swiglu(gate_and_up: Float[Tensor, "n two_wide"]) -> Float[Tensor, "n wide"]:
     """silu(gate) · up of [gate, up]. Keeps its input only; the rest is computed again in the backward pass."""
     if has_kernels(gate_and_up):
-        from trainer.model.gpu_moe import weighted_swiglu
+        from trainer.model.kernels.gpu_moe import weighted_swiglu
 
         return weighted_swiglu(gate_and_up, None)
     return _SwiGLU.apply(gate_and_up)

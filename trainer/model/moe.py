@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trainer.model.config import V3Config
 from trainer.model.layers import SwiGLU, has_kernels, swiglu
+from trainer.model.v3_config import V3Config
 from trainer.precision.recipe import Recipe, grouped_matmul
 
 if TYPE_CHECKING:
-    from trainer.model.triton_route import Counts
+    from trainer.model.kernels.triton_route import Counts
 
 
 @dataclass
@@ -74,9 +74,9 @@ class Router(nn.Module):
         return scores, weights * c.routed_scaling_factor, experts, agreed
 
     def _on_gpu(self, x, replay) -> Routing:
-        from trainer.model import triton_route
-        from trainer.model.gpu_moe import route
-        from trainer.model.triton_route import Counts, can_decide
+        from trainer.model.kernels import triton_route
+        from trainer.model.kernels.gpu_moe import route
+        from trainer.model.kernels.triton_route import Counts, can_decide
 
         c, agreed = self.config, None
         if can_decide(c.n_routed_experts, c.n_group):
@@ -141,7 +141,7 @@ class Experts(nn.Module):
         return y if residual is None else residual + y
 
     def _on_gpu(self, x, routing: Routing, shared, residual) -> Float[Tensor, "n hidden"]:
-        from trainer.model import gpu_moe
+        from trainer.model.kernels import gpu_moe
 
         if self.recipe == "bf16" and x.dtype == self.w13.dtype == torch.bfloat16:
             weights = None if shared is None else (shared.w13.weight, shared.w2.weight)

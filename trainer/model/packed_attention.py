@@ -32,7 +32,7 @@ def packed_attention(
     is the key's part without position followed by the value, `k_pe` the rotated part that all heads share; `turn`
     rotates them (see `rope.turns`)."""
     if has_kernels(q) and q.dtype in (torch.bfloat16, torch.float16):
-        from trainer.model.gpu_attention import gpu_attention
+        from trainer.model.kernels.gpu_attention import gpu_attention
 
         return gpu_attention(q, kv, k_pe, turn, documents, scale, interleave)
     if q.device.type == "cpu" and documents.longest <= SHORT:

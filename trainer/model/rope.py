@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from trainer.model.config import V3Config
+from trainer.model.v3_config import V3Config
 
 
 def _mscale(factor: float, mscale: float) -> float:

@@ -13,11 +13,11 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from trainer.model.attention import MLA
-from trainer.model.config import V3Config
 from trainer.model.documents import Documents, group_documents
 from trainer.model.layers import Linear, RMSNorm, SwiGLU
 from trainer.model.moe import Experts, MoE, Router, Routing, sequence_balance
 from trainer.model.rope import turns
+from trainer.model.v3_config import V3Config
 from trainer.precision.recipe import Recipe, check_recipe
 
 BalanceOf = Callable[[int, Routing], Tensor]

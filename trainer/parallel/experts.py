@@ -77,7 +77,7 @@ def expert_sums(
 def _weighted_swiglu(gate_up: Float[Tensor, "slots two_wide"], weights: Float[Tensor, " slots"]) -> Tensor:
     """weight · silu(gate) · up: the weight could as well come behind the next product."""
     if has_kernels(gate_up):
-        from trainer.model import gpu_moe
+        from trainer.model.kernels import gpu_moe
 
         return gpu_moe.weighted_swiglu(gate_up, weights)
     return swiglu(gate_up) * weights[:, None].to(gate_up.dtype)

@@ -166,7 +166,7 @@ class _GatheredExperts(torch.autograd.Function):
 
 def _swiglu(gate_up: Float[Tensor, "n two_wide"]) -> Float[Tensor, "n wide"]:
     if has_kernels(gate_up):
-        from trainer.model.triton_moe import swiglu_forward
+        from trainer.model.kernels.triton_moe import swiglu_forward
 
         return swiglu_forward(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -176,7 +176,7 @@ def _swiglu(gate_up: Float[Tensor, "n two_wide"]) -> Float[Tensor, "n wide"]:
 def _swiglu_backward(gate_up, grad) -> tuple[Tensor, Tensor, None]:
     """The gradient of `gate_up`, and the forward's result again."""
     if has_kernels(gate_up):
-        from trainer.model.triton_moe import swiglu_backward
+        from trainer.model.kernels.triton_moe import swiglu_backward
 
         return swiglu_backward(gate_up, grad)
     gate, up = gate_up.chunk(2, dim=-1)

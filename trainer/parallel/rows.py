@@ -55,7 +55,7 @@ class _Sum(torch.autograd.Function):
 
 def _total(rows: Tensor, table: Tensor, *added: Tensor) -> Tensor:
     if rows.is_cuda:
-        from trainer import triton_rows
+        from trainer.model.kernels import triton_rows
 
         return triton_rows.sum_rows(rows, table, *added)
     total = torch.zeros(len(table), rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))

@@ -19,11 +19,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree as pytree
 
-from trainer.model import hf
-from trainer.model.config import V3Config
-from trainer.model.folder import FolderReader
+from trainer.checkpoint import hf
+from trainer.checkpoint.folder import FolderReader
 from trainer.model.moe import MoE, Routing
 from trainer.model.v3 import V3Model, V3Output
+from trainer.model.v3_config import V3Config
 from trainer.parallel.experts import ExpertExchange, LocalExperts
 from trainer.parallel.ranks import Ranks
 from trainer.policy import Policy, PolicyOptions, V3Policy, load_policy, read_config

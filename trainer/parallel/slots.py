@@ -27,7 +27,7 @@ class Slots:
         """`experts` are numbers of this rank's `count` experts, and `count` for all others."""
         experts, weights = experts.contiguous(), weights.contiguous()
         if has_kernels(weights):
-            from trainer.model.triton_route import Counts, Order
+            from trainer.model.kernels.triton_route import Counts, Order
 
             order = Order.of(experts, weights, Counts.of(experts, count + 1))
             return cls(order.place, order.ends[:count], order.row_weights)
@@ -53,7 +53,7 @@ class Slots:
             tokens, k = self.place.shape
             rows = x.new_empty(tokens * min(k, len(self.ends)), x.shape[1])
         if has_kernels(x):
-            from trainer.model.triton_moe import scatter_rows
+            from trainer.model.kernels.triton_moe import scatter_rows
 
             return scatter_rows(x, place, rows, self.end)
         token, choice = (place < self.end).nonzero(as_tuple=True)
@@ -69,7 +69,7 @@ class Slots:
     ) -> Float[Tensor, "n hidden"]:
         """Each token's sum of its rows, of up to two arrays besides and of each of `more`, in float32."""
         if has_kernels(rows):
-            from trainer.model.triton_moe import gather_sum
+            from trainer.model.kernels.triton_moe import gather_sum
 
             return gather_sum(rows, place, *added, more=more, end=self.end)
         total = torch.zeros(len(place), rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
@@ -83,7 +83,7 @@ class Slots:
     def swiglu(self, gate_up: Float[Tensor, "capacity two_wide"]) -> Float[Tensor, "capacity wide"]:
         """weight · silu(gate) · up of every row."""
         if has_kernels(gate_up):
-            from trainer.model.triton_moe import swiglu_forward
+            from trainer.model.kernels.triton_moe import swiglu_forward
 
             return swiglu_forward(gate_up, self.weights[: len(gate_up)], self.end)
         gate, up = gate_up.chunk(2, dim=-1)
@@ -96,7 +96,7 @@ class Slots:
         ranks."""
         d_weights = torch.zeros_like(self.weights)
         if has_kernels(gate_up):
-            from trainer.model.triton_moe import swiglu_backward
+            from trainer.model.kernels.triton_moe import swiglu_backward
 
             return swiglu_backward(gate_up, grad, self.weights, end=self.end)
         weights = self.weights[: len(gate_up), None]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import random
 
-from rlzero import countdown
-from rlzero.base_text import countdown_note
+from rlzero.examples.countdown import task as countdown
+from rlzero.examples.countdown.text import countdown_note
 
 
 def rows(count: int, seed: int = 0, split: str = "train", chat: bool = False, **options) -> list[dict]:

@@ -14,16 +14,16 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rlzero import base_text
-from rlzero.config import Positive, _Section, read_config
-from trainer.balance import BalanceKind
+from rlzero.config.rl import Positive, _Section, read_config
+from rlzero.examples.countdown import text as base_text
 from trainer.batch import Batch
+from trainer.model.balance import BalanceKind
 from trainer.optimizer import OptimizerOptions
 from trainer.packing import Sample, pack
 
 
 class BaseConfig(_Section):
-    """How the demo's base is made: a V3 model from fresh weights on rlzero.base_text."""
+    """How the demo's base is made: a V3 model from fresh weights on rlzero.examples.countdown.text."""
 
     name: str = "demo-base"
     seed: int = 0
@@ -33,7 +33,7 @@ class BaseConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of training
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    init: dict[str, Any]  # fields of trainer.model.config.V3Config
+    init: dict[str, Any]  # fields of trainer.model.v3_config.V3Config
     optimizer: OptimizerOptions
     mtp_weight: float = Field(0.1, ge=0)
     balance: BalanceKind = "none"  # see trainer.policy.Policy.next_token_loss
@@ -94,7 +94,7 @@ def pretrain(config: BaseConfig, say: Callable[[dict[str, float]], None], steps:
     `steps` stops early without changing the schedule: the first steps of a recipe can be repeated and compared.
     """
     from trainer.policy import PolicyOptions
-    from trainer.worker import Trainer
+    from trainer.trainer import Trainer
 
     folder = Path(config.output_dir) / config.name
     tokenizer = base_text.tokenizer()

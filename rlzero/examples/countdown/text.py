@@ -3,7 +3,7 @@
 A real base has met arithmetic, equations, worked expressions and people thinking aloud before they answer, most of it
 of mixed quality. So has this one: its Countdown notes try operations in no particular order and often give up early
 with a wrong answer, so the base solves a minority of instances. Nothing here uses the numbers of the splits `train`
-and `held_out` (rlzero.countdown): every expression over three or four numbers is over a multiset of `base`.
+and `held_out` (task.py): every expression over three or four numbers is over a multiset of `base`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import random
 from collections.abc import Iterator
 from functools import lru_cache
 
-from rlzero.countdown import LARGEST, Move, Numbers, Task, moves, reachable, split_of
-from rlzero.data import R1_ZERO_TEMPLATE
+from rlzero.data.prompts import R1_ZERO_TEMPLATE
+from rlzero.examples.countdown.task import LARGEST, Move, Numbers, Task, moves, reachable, split_of
 
 EOS = "<|end|>"
 PAD = "<|pad|>"

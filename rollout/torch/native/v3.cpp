@@ -409,7 +409,7 @@ void v3_forward(
             Pass(*model, layers).run(tokens, sequences + bounds[s], sequences + bounds[s + 1], logits);
 }
 
-// rollout.sampler.draw: the token where the cumulative distribution of softmax(logits / temperature) passes `noise`.
+// rollout.torch.sampler.draw: the token where the cumulative distribution of softmax(logits / temperature) passes `noise`.
 void draw(
     int32_t n, int32_t vocab, const float* logits, const float* temperature, const double* noise, int64_t* tokens,
     float* logprobs) {

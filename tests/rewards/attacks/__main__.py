@@ -1,7 +1,7 @@
 """Prints every attack and what became of it; exit code 1 when one succeeded."""
 
 from rewards.sandbox import Sandbox
-from rewards.sandbox.attacks.run import run_attacks
+from tests.rewards.attacks.run import run_attacks
 
 with Sandbox() as sandbox:
     rows = run_attacks(sandbox)

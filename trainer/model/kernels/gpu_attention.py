@@ -14,7 +14,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from trainer.model.documents import Documents
-from trainer.model.triton_rope import backward_, queries_keys_values_, resize
+from trainer.model.kernels.triton_rope import backward_, queries_keys_values_, resize
 
 
 def gpu_attention(

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trainer.model.triton_moe import gather_sum, scatter_rows, swiglu_backward, swiglu_forward
-from trainer.model.triton_route import Counts, Order, decide, decide_backward
+from trainer.model.kernels.triton_moe import gather_sum, scatter_rows, swiglu_backward, swiglu_forward
+from trainer.model.kernels.triton_route import Counts, Order, decide, decide_backward
 from trainer.precision.recipe import Recipe, grouped_matmul
 
 
