@@ -117,6 +117,15 @@ class Reward:
         columns = {n: v for n, v in row.items() if (self.takes_all or n in self.wanted) and n not in skip}
         return {**columns, **self.params}
 
+    def check_row(self, row: Row) -> str | None:
+        """Why no completion can ever be paid on this row; None when one can, or the function has no such check.
+
+        A function offers the check as its attribute `check_row(row) -> str | None`, which gets the row's columns (and
+        the reward's params, which win). Cheap enough to be called on every row of a data set.
+        """
+        check = getattr(self.function, "check_row", None)
+        return None if check is None else check({**row, **self.params})
+
     def one(self, completion: str, row: Row) -> Score | None:
         """The score of one completion; raises what the function raises, RewardError for a missing column."""
         if self.is_group:

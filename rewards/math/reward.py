@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from numbers import Number
+from typing import Any
+
 from rewards.extract import AnswerTag
 from rewards.math import verify as checker
 from rewards.math.boxes import Boxed, find_answer
@@ -9,6 +14,46 @@ from rewards.math.equality import decide
 from rewards.math.normal import Unreadable, key, normalise, strip_delimiters
 from rewards.math.shape import mismatch
 from rewards.score import Score
+
+
+class GoldError(ValueError):
+    """A gold answer that no completion can match; the message says what is wrong with it."""
+
+
+def read_gold(answer: Any) -> tuple[str, str]:
+    """The text of a gold answer (behind `####`, as GSM8K writes it) and its canonical spelling.
+
+    Strings and numbers are golds; raises GoldError for anything else, for what is empty, not a number (NaN, which
+    tables write where a value is missing), or not readable.
+    """
+    if hasattr(answer, "item") and getattr(answer, "ndim", None) == 0:  # a NumPy scalar
+        answer = answer.item()
+    missing = isinstance(answer, float) and not math.isfinite(answer)
+    if missing or not isinstance(answer, (str, Number)):
+        raise GoldError(f"the gold answer is {str(answer)[:40]!r} ({type(answer).__name__}); expected text or a number")
+    text = str(answer).rpartition("####")[2].strip()
+    if not text or text.lower() in ("nan", "null"):
+        raise GoldError(f"the gold answer is {'empty' if not text else repr(text)}; fix the data set or drop the row")
+    try:
+        gold = normalise(text)
+    except Unreadable as refused:
+        raise GoldError(f"the gold answer {text[:80]!r} cannot be read ({refused}); fix the data set") from refused
+    if not gold:
+        raise GoldError(f"the gold answer {text[:80]!r} is empty; fix the data set or drop the row")
+    return text, gold
+
+
+def check_row(row: Mapping[str, Any]) -> str | None:
+    r"""Why no completion can be right on this row: its gold answer is missing, unreadable, or cannot stand in a
+    `\boxed{}`; None when one can."""
+    try:
+        text, gold = read_gold(row.get("answer"))
+    except GoldError as error:
+        return str(error)
+    found = find_answer(f"\\boxed{{{text}}}")
+    if found.text is None:
+        return f"the gold answer {text[:80]!r} cannot stand in a \\boxed{{}}: {found.why}"
+    return None
 
 
 def math_reward(
@@ -25,8 +70,8 @@ def math_reward(
     `<answer>` when the template has it, in the last balanced `\boxed{}` (see rewards.math.boxes); it must have the
     shape of the gold answer (rewards.math.shape) and equal it exactly, or within `tolerance` (relative). Verdicts:
     `unparsed` when no such value is stated or it is refused unread, `timeout` when two seconds do not decide. Raises
-    ValueError for an empty or unreadable gold answer, rewards.math.VerifierError when the checker cannot run: those are
-    errors of ours, never a reward.
+    GoldError (a ValueError) for a gold answer that cannot be matched, rewards.math.VerifierError when the checker
+    cannot run: those are errors of ours, never a reward.
     """
     score, _ = explain(completion, answer, tolerance, boxed, answer_tag, require_think)
     return score
@@ -42,15 +87,7 @@ def explain(
 ) -> tuple[Score, dict[str, str]]:
     """The score of `math_reward` and the steps to it: what was extracted, how both were read, which rule decided."""
     steps: dict[str, str] = {}
-    gold_text = str(answer).rpartition("####")[2].strip()
-    try:
-        gold = normalise(gold_text)
-    except Unreadable as refused:
-        raise ValueError(
-            f"the gold answer {gold_text[:80]!r} cannot be read ({refused}); fix the data set"
-        ) from refused
-    if not gold:
-        raise ValueError("the gold answer is empty; fix the data set or drop the row")
+    gold_text, gold = read_gold(answer)
     steps["gold"] = gold
     found = find_answer(completion, boxed, answer_tag, require_think)
     steps["extraction"] = found.why
@@ -88,3 +125,4 @@ def explain(
 
 math_reward.warm = checker.warm  # type: ignore[attr-defined]
 math_reward.explain = explain  # type: ignore[attr-defined]
+math_reward.check_row = check_row  # type: ignore[attr-defined]

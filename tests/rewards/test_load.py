@@ -52,6 +52,14 @@ def test_params_win_over_columns(file):
     assert load_reward(f"{file}:length", {"limit": 3}).one("it is 4", {"answer": "4", "limit": 99}).value == 0.0
 
 
+def test_a_reward_may_say_which_rows_can_never_be_paid(file):
+    file.write_text(SOURCE + "length.check_row = lambda row: 'no answer' if row['answer'] is None else None\n")
+    reward = load_reward(f"{file}:length")
+    assert reward.check_row({"answer": None}) == "no answer" and reward.check_row({"answer": "4"}) is None
+    assert load_reward(f"{file}:length", {"answer": "4"}).check_row({"answer": None}) is None
+    assert load_reward(f"{file}:skip").check_row({"answer": None}) is None
+
+
 def test_var_keyword_takes_the_whole_row_without_the_completion(file):
     assert load_reward(f"{file}:everything").one("x", {"a": 1, "b": 2, "completion": "y"}).value == 2.0
 

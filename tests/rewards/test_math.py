@@ -10,6 +10,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -201,6 +202,28 @@ def test_verdicts(completion, verdict):
 def test_an_empty_gold_is_our_error():
     with pytest.raises(ValueError, match="the gold answer is empty"):
         math_reward("\\boxed{42}", " ")
+
+
+@pytest.mark.parametrize(
+    "gold", [None, float("nan"), ["3"], {"a": 1}, "", " ", "NaN", "null", "4\u200b2", "\\frac{1}{2"]
+)
+def test_a_row_that_can_never_be_paid_is_found_without_a_completion(gold):
+    assert math_reward.check_row({"answer": gold})
+
+
+@pytest.mark.parametrize(
+    "gold", ["42", 42, 4.5, np.int64(7), np.float32(0.5), "#### 1,234", "$\\frac12$", "\\text{(C)}"]
+)
+def test_a_gold_of_text_or_numbers_can_be_paid(gold):
+    assert math_reward.check_row({"answer": gold}) is None
+    stated = str(gold).removeprefix("####").strip()
+    assert math_reward(f"\\boxed{{{stated}}}", gold).value == 1
+
+
+@pytest.mark.parametrize("gold, word", [(None, "None"), (float("nan"), "nan"), (["3"], "['3']")])
+def test_a_missing_gold_is_an_error_and_never_its_own_spelling(gold, word):
+    with pytest.raises(ValueError, match="the gold answer is"):
+        math_reward(f"\\boxed{{{word}}}", gold)
 
 
 def test_extraction_is_configurable():
