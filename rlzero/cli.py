@@ -91,15 +91,20 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="JSON-lines file for every completion with its scores.")] = None,
 ) -> None:
     """pass@1, pass@k and cons@k on the held-out questions of CONFIG."""
-    from rlzero import launch
     from rlzero.config.rl import Config
     from rlzero.stages.export import find_checkpoint
 
     changes = list(overrides or [])
     if policy is not None:
         changes.append(f"policy.path={find_checkpoint(policy)}")
-    result = launch.evaluate(Config.load(config, changes), output)
-    for name, value in result.items():
+    settings = Config.load(config, changes)
+    from rlzero import launch
+    from rlzero.eval import run
+    from rlzero.eval.evaluate import summarise
+
+    launch.check_rewards(settings)
+    groups = run.run(settings, output, say=typer.echo)
+    for name, value in summarise(groups, settings.rewards).items():
         typer.echo(f"{name:<18} {value:.4g}")
 
 

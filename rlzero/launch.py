@@ -1,31 +1,22 @@
-"""What the commands do with a checked config: train, and each half of a step alone, and evaluate."""
+"""What the commands do with a checked config: train, and each half of a step alone."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from pathlib import Path
 
 from rewards.load import RewardError, load_reward
-from rewards.workers.runner import RewardRunner
 from rlzero.cluster.actors import TrainerDied
 from rlzero.config.read import UsageError
 from rlzero.config.rl import Config
 from rlzero.data import dump
-from rlzero.data.prompts import load_prompts, load_tokenizer
-from rlzero.eval import evaluate as evaluation
 from rlzero.report.display import Display
 from rlzero.report.log import FILES, RunLog
 from rlzero.rl import loop
 from rlzero.rl.groups import Group, grade, to_samples
 from rlzero.rl.run import Interrupted, Run, checkpoints
-from rlzero.rl.run import engine as chosen_engine
-from rollout.engine import Sampling
-from rollout.worker import make_engine
 from trainer.checkpoint import checkpoint
 from trainer.trainer import Trainer
-
-logger = logging.getLogger(__name__)
 
 RESUMES = 3  # times that a run goes on by itself after its trainer died
 
@@ -78,7 +69,8 @@ def generate(config: Config, path: Path, resume: bool) -> list[Group]:
         with Display(config) as watch:
             async with Run(config, resume=resume, watch=watch) as run:
                 graded = await loop.collect(run, run.step)
-                dump.save(path, graded.groups, step=run.step, policy=str(run.start_from or config.policy.path))
+                policy = str(run.start_from or config.policy.path)
+                dump.save(path, graded.groups, config.rewards, step=run.step, policy=policy)
                 return graded.groups
 
     return asyncio.run(write())
@@ -97,29 +89,6 @@ def train_from_dump(config: Config, path: Path, resume: bool) -> dict[str, float
             raise UsageError(f"{config.run_dir}: has no checkpoint to take the weights from; leave out --resume")
         trainer.load(newest)
     return trainer.step(loop.minibatches(to_samples(graded, config.algorithm), config))
-
-
-def evaluate(config: Config, output: Path | None) -> dict[str, float]:
-    """The figures of the held-out questions for `policy.path`, written by one engine in this process; `output` gets
-    every completion with its scores."""
-    check_rewards(config)
-    tokenizer = load_tokenizer(config.policy.path)
-    prompts = list(load_prompts(config, tokenizer, "evaluation"))
-    options, rollout = config.evaluation, config.rollout
-    sampling = Sampling(rollout.max_tokens, options.temperature, options.top_p, stop=rollout.stop, seed=config.seed)
-    kind, reason = chosen_engine(config)
-    logger.info("engine: %s (%s)", kind, reason)
-    engine = make_engine(kind, str(config.policy.path), {"dtype": config.policy.dtype, **rollout.engine_args})
-    try:
-        with RewardRunner(
-            config.rewards, workers=config.reward_workers, max_error_share=config.max_reward_error_rate
-        ) as runner:
-            groups = evaluation.write_and_score(engine, runner, prompts, options.samples, sampling)
-    finally:
-        engine.close()
-    if output is not None:
-        dump.save(output, groups, policy=str(config.policy.path))
-    return evaluation.summarise(groups, config.rewards)
 
 
 def check_rewards(config: Config) -> None:

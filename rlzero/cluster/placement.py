@@ -148,14 +148,15 @@ def _with_transport(config: Config, kind: Kind, reason: str, transport: str) -> 
     return Choice(kind, reason, transport if asked == "auto" else asked)
 
 
-def plan(config: Config, cores: int | None = None, gpus: int | None = None) -> Placement:
+def plan(config: Config, cores: int | None = None, gpus: int | None = None, trainer: bool = True) -> Placement:
     """The placement that `config` asks for. Synchronous runs on a CPU take turns, so trainer and workers may each use
-    every core; where they work at the same time the cores are shared out. `cores` and `gpus` None: this machine's."""
+    every core; where they work at the same time the cores are shared out. `cores` and `gpus` None: this machine's.
+    Without a `trainer` (an evaluation) every worker has its GPUs to itself."""
     cores = cores or os.cpu_count() or 1
     if gpus is None and config.cluster.address is None and on_gpus(config):
         gpus = torch.cuda.device_count() or None
-    choice = choose(config, gpus)
-    ranks, workers, cuda = config.parallel.ranks, config.rollout.workers, on_gpus(config)
+    choice = choose(config, gpus) if trainer else Choice("disaggregated", "engines alone", "none")
+    ranks, workers, cuda = config.parallel.ranks * trainer, config.rollout.workers, on_gpus(config)
     shared = min(ranks, workers) if choice.kind == "colocated" else 0
     taking_turns = config.staleness == 0
 
@@ -170,7 +171,7 @@ def plan(config: Config, cores: int | None = None, gpus: int | None = None) -> P
             process(i, 0.5) if i < shared else process(ranks + i - shared, float(engine_gpus(config)))
             for i in range(workers)
         ),
-        rank_threads=config.threads or max(1, cores // (ranks if taking_turns else ranks + workers)),
+        rank_threads=config.threads or max(1, cores // (max(1, ranks) if taking_turns else ranks + workers)),
         worker_threads=config.threads or max(1, cores // (workers if taking_turns else ranks + workers)),
     )
 

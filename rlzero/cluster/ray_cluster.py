@@ -123,12 +123,12 @@ def _environment(threads: int, gpus: float) -> dict[str, str]:
 
 
 class Cluster:
-    """A run's place on a Ray cluster: one placement group, trainer ranks, rollout workers. A context manager: on
-    leaving, every process it started is gone."""
+    """A run's place on a Ray cluster: one placement group, trainer ranks, rollout workers; an evaluation's has no
+    `trainer`. A context manager: on leaving, every process it started is gone."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, trainer: bool = True):
         self.config = config
-        self.placement = plan(config)
+        self.placement = plan(config, trainer=trainer)
         self.group: PlacementGroup | None = None
         self._started_ray = not ray.is_initialized() and config.cluster.address is None
 

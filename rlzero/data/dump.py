@@ -17,18 +17,20 @@ import numpy as np
 
 from rewards.score import Score
 from rlzero.config.read import UsageError
+from rlzero.config.rl import Reward
 from rlzero.rl.groups import Group
 from rollout.engine import Prompt, Rollout
 
 KIND = "rlzero dump 1"
 
 
-def save(path: str | Path, groups: Sequence[Group], **about: Any) -> None:
-    """Writes `groups`; `about` (step, policy, ...) goes into the first line."""
+def save(path: str | Path, groups: Sequence[Group], rewards: Sequence[Reward] = (), **about: Any) -> None:
+    """Writes `groups`; the `rewards` that scored them and `about` (step, policy, ...) go into the first line."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        file.write(json.dumps({"kind": KIND, **about}) + "\n")
+        weights = [{"fn": reward.fn, "weight": reward.weight} for reward in rewards]
+        file.write(json.dumps({"kind": KIND, "rewards": weights, **about}) + "\n")
         for group in groups:
             file.write(json.dumps(_to_json(group), ensure_ascii=False) + "\n")
 
@@ -57,6 +59,19 @@ def load(path: str | Path) -> list[Group]:
     if not groups:
         raise UsageError(f"{path}: the dump has no groups")
     return groups
+
+
+def load_rewards(path: str | Path) -> tuple[Reward, ...]:
+    """Address and weight of the rewards that scored the groups of a dump, in the order of their scores. Raises
+    `UsageError` where the dump does not say."""
+    with Path(path).open(encoding="utf-8") as file:
+        rewards = json.loads(file.readline()).get("rewards")
+    if not rewards:
+        raise UsageError(
+            f"{path}: does not name the rewards that scored it, so what is correct is not known (an older release "
+            "wrote it); make the dump again, or take all completions with data.keep=all"
+        )
+    return tuple(Reward(**reward) for reward in rewards)
 
 
 def _to_json(group: Group) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from rlzero.data.chat import (
     trimmed,
 )
 from rlzero.data.prompts import DataError, Row, Split, _listed, load_rows, load_tokenizer, prompt_text
+from rlzero.eval.evaluate import is_correct
 
 logger = logging.getLogger(__name__)
 
@@ -294,8 +295,9 @@ def is_dump(source: str) -> bool:
 def from_dump(path: str, data: SftData, tokenizer: Any) -> tuple[list[Example], dict[str, int]]:
     """The completions of a dump (rejection sampling): the tokens as they were sampled where this tokenizer is the one
     that they came from, else prompt and completion encoded anew. Completions that were cut, and with keep: correct
-    those that the first reward which applies does not call correct, are left out and counted."""
+    those that evaluation would not count as correct (`is_correct`), are left out and counted."""
     groups = dump.load(path)
+    rewards = dump.load_rewards(path) if data.keep == "correct" else ()
     same = all(_from(tokenizer, group.prompt.tokens, group.prompt.text) for group in groups[:8])
     if not same:
         logger.warning("%s: was written with another tokenizer; its prompts and completions are encoded anew", path)
@@ -304,10 +306,9 @@ def from_dump(path: str, data: SftData, tokenizer: Any) -> tuple[list[Example], 
     for line, group in enumerate(groups, start=2):
         for rollout, scores in zip(group.rollouts, group.scores, strict=True):
             where = f"{path}:{line} (sample {rollout.sample})"
-            verdict = next((score.verdict for score in scores if score is not None), None)
             if rollout.finish_reason != "stop":
                 counts["not finished"] += 1
-            elif data.keep == "correct" and verdict != "correct":
+            elif data.keep == "correct" and not is_correct(scores, rewards):
                 counts["not correct"] += 1
             elif same:
                 last = rollout.tokens[-1:]  # none of the text: the token that ended it; else it was a stop string

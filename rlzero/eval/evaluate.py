@@ -1,8 +1,6 @@
-"""pass@1 over n samples, unbiased pass@k and cons@k of held-out questions.
+"""What counts as correct, and pass@1, unbiased pass@k and cons@k of held-out questions: pure functions.
 
-The numbers come from pure functions over `Outcome`s; `write_and_score` is the driver that makes them with an engine
-and the run's rewards. What counts as correct is the verdict of the reward of the greatest weight that applies to the
-row, the first of equals: the task's own checker, rather than those of form beside it.
+Correct has one definition, `judge`, which evaluation, rejection sampling, a step's metrics and the report share.
 """
 
 from __future__ import annotations
@@ -15,13 +13,38 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rewards.extract import final_part
-from rollout.engine import Engine, Prompt, Request, Rollout, Sampling
+from rollout.engine import Rollout, Sampling
 
 if TYPE_CHECKING:
     from rewards.score import Score
-    from rewards.workers.runner import RewardRunner
-    from rlzero.config.rl import Reward
+    from rlzero.config.rl import Config, Reward
     from rlzero.rl.groups import Group
+
+
+def judge(scores: Sequence[Score | None], rewards: Sequence[Reward]) -> Score | None:
+    """The score whose verdict says what a completion is (correct, wrong, unparsed, timeout, error): that of the reward
+    of the greatest weight that applies to the row, the first of equals. So the task's own checker decides, not those
+    of form beside it. None where no reward applies."""
+    applying = [(reward.weight, score) for score, reward in zip(scores, rewards, strict=True) if score is not None]
+    return max(applying, key=lambda pair: pair[0])[1] if applying else None  # max keeps the first of equals
+
+
+def is_correct(scores: Sequence[Score | None], rewards: Sequence[Reward]) -> bool | None:
+    """Whether a completion counts as correct (see `judge`); None where its checker failed or no reward applies."""
+    score = judge(scores, rewards)
+    return None if score is None or score.verdict == "error" else score.verdict == "correct"
+
+
+def sampling(config: Config) -> Sampling:
+    """How held-out questions are answered, in a run and by `rlzero eval` alike. The noise is keyed by the policy's step
+    and the question (see `tag`), never by the run's seed: runs of different seeds are compared on equal noise."""
+    options, rollout = config.evaluation, config.rollout
+    return Sampling(rollout.max_tokens, options.temperature, options.top_p, stop=rollout.stop, seed=0)
+
+
+def tag(step: int) -> str:
+    """What keys the sampling noise of the evaluation of the policy that has `step` steps behind it."""
+    return f"evaluation.{step}"
 
 
 @dataclass(frozen=True)
@@ -118,42 +141,11 @@ def answer_of(completion: str) -> str | None:
     return re.sub(r"\s+", "", text) or None
 
 
-def write_and_score(
-    engine: Engine, runner: RewardRunner, prompts: Sequence[Prompt], samples: int, sampling: Sampling
-) -> list[Group]:
-    """`samples` completions of every prompt with their scores, in the order of `prompts`. A group is scored as soon as
-    its last completion is written, while the engine goes on."""
-    from rlzero.rl.groups import Group
-
-    groups = {prompt.id: Group(prompt, []) for prompt in prompts}
-    written: dict[str, dict[int, Rollout]] = {prompt.id: {} for prompt in prompts}
-    engine.submit([Request(p.id, s, p.tokens, sampling) for p in prompts for s in range(samples)])
-    unwritten, unscored = len(prompts), len(prompts)
-    while unscored:
-        if unwritten:
-            ended = engine.completed()
-            if not ended:
-                raise RuntimeError(f"the engine went idle with {unwritten} of {len(prompts)} questions unfinished")
-            for rollout in ended:
-                mine = written[rollout.prompt_id]
-                mine[rollout.sample] = rollout
-                if len(mine) == samples:
-                    unwritten -= 1
-                    group = groups[rollout.prompt_id]
-                    group.rollouts = [mine[s] for s in range(samples)]
-                    runner.submit(rollout.prompt_id, [r.text for r in group.rollouts], group.prompt.row)
-        for key, scores in runner.completed(timeout_s=0.0 if unwritten else None):
-            groups[key].scores = [list(of_sample) for of_sample in zip(*scores, strict=True)]
-            unscored -= 1
-    return [groups[prompt.id] for prompt in prompts]
-
-
 def _outcome(rollout: Rollout, scores: Sequence[Score | None], rewards: Sequence[Reward]) -> Outcome:
-    applying = [(reward.weight, score) for score, reward in zip(scores, rewards, strict=True) if score is not None]
-    judge = max(applying, key=lambda pair: pair[0])[1] if applying else None  # max keeps the first of equals
-    unparsed = judge is not None and judge.verdict == "unparsed"
+    score = judge(scores, rewards)
+    unparsed = score is not None and score.verdict == "unparsed"
     return Outcome(
-        correct=None if judge is None or judge.verdict == "error" else judge.verdict == "correct",
+        correct=is_correct(scores, rewards),
         answer=None if unparsed else answer_of(rollout.text),
         tokens=len(rollout.tokens),
         truncated=rollout.finish_reason == "length",

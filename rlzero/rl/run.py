@@ -95,7 +95,8 @@ class Run:
                 await self._open_trainer()
                 await self.trainer.call("release")
             folder = str(self.start_from or config.policy.path)
-            self.fleet = Fleet(self.cluster, kind, folder, self._engine_options(kind))
+            planned = {"sleep_level": self.sleep_level, **plan.engine_options(config, kind)}
+            self.fleet = Fleet(self.cluster, kind, folder, engine_options(config, kind, planned))
             self.writer = Writer(self.fleet, self.rewards)
             self.handover = Handover(config, kind, placed, self.trainer, self.fleet, self.sleep_level)
             if self.start_from is not None and not placed.shares_gpus:
@@ -131,15 +132,6 @@ class Run:
         self.watch("stopping", {"step": self.step})
         if self._writing is not None:
             self._writing.cancel()
-
-    def _engine_options(self, kind: str) -> dict[str, Any]:
-        config = self.config
-        options = {"dtype": config.policy.dtype, "seed": config.seed, "sleep_level": self.sleep_level}
-        options |= plan.engine_options(config, kind)
-        if kind == "vllm" and engine_gpus(config) > 1:
-            # Else vLLM, which sees that it runs in a placement group of Ray's, looks there for GPUs of its own.
-            options["distributed_executor_backend"] = "mp"
-        return {**options, **config.rollout.engine_args}
 
     def error(self, message: str) -> RunError:
         return RunError(message)
@@ -293,11 +285,8 @@ class Run:
             self._published.notify_all()
 
     async def _evaluate(self, step: int) -> None:
-        began_s, options = time.monotonic(), self.config.evaluation
-        sampling = Sampling(
-            self.config.rollout.max_tokens, options.temperature, options.top_p, stop=self.config.rollout.stop, seed=0
-        )
-        groups = await self.writer.all(f"evaluation.{step}", list(self.held_out), options.samples, sampling)
+        began_s, questions, samples = time.monotonic(), list(self.held_out), self.config.evaluation.samples
+        groups = await self.writer.all(evaluate.tag(step), questions, samples, evaluate.sampling(self.config))
         result = evaluate.summarise(groups, self.config.rewards)
         self.log.evaluation({"step": step, **result, "time_s": time.monotonic() - began_s})
         self.watch("evaluation", {"step": step, **result})
@@ -329,6 +318,15 @@ def engine(config: Config) -> tuple[str, str]:
         return choose_engine(config.rollout.engine, engine_gpus(config) if on_gpus(config) else 0)
     except RuntimeError as error:
         raise UsageError(f"rollout.engine: {error}") from error
+
+
+def engine_options(config: Config, kind: str, planned: dict[str, Any]) -> dict[str, Any]:
+    """Options of every engine: the config's own, over what is `planned` for an engine beside a trainer."""
+    options = {"dtype": config.policy.dtype, "seed": config.seed, **planned}
+    if kind == "vllm" and engine_gpus(config) > 1:
+        # Else vLLM, which sees that it runs in a placement group of Ray's, looks there for GPUs of its own.
+        options["distributed_executor_backend"] = "mp"
+    return {**options, **config.rollout.engine_args}
 
 
 def checkpoints(run_dir: Path) -> Path:

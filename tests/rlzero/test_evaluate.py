@@ -1,4 +1,4 @@
-"""pass@1, pass@k and cons@k against direct counting; the driver with a real reward runner."""
+"""pass@1, pass@k and cons@k against direct counting; an evaluation on several workers."""
 
 import itertools
 import math
@@ -7,12 +7,14 @@ import random
 import pytest
 
 from rewards.score import Score
-from rewards.workers.runner import RewardRunner
-from rlzero.config.rl import Reward
+from rlzero.config.rl import Config, Reward
+from rlzero.data import dump
 from rlzero.eval import evaluate
+from rlzero.eval import run as evaluation_run
 from rlzero.eval.evaluate import Outcome, answer_of, consensus, figures, pass_at_k
+from rlzero.report.log import read_lines
 from rlzero.rl.groups import Group
-from rollout.engine import Prompt, Request, Rollout, Sampling
+from rollout.engine import Prompt, Rollout
 
 
 def outcomes(*pairs: tuple[str | None, bool | None]) -> list[Outcome]:
@@ -101,43 +103,13 @@ def test_the_reward_of_the_greatest_weight_that_applies_judges():
     assert evaluate.outcomes(group, equal)[0].correct is True
 
 
-class Echo:
-    """An engine whose model is a table: it answers from `texts[prompt][sample]`, a few rollouts at a time and in an
-    order of its own, as a real one does."""
-
-    version = 0
-
-    def __init__(self, texts: dict[str, list[str]]):
-        self.texts, self.waiting = texts, []
-
-    def submit(self, requests: list[Request]) -> None:
-        self.waiting = random.Random(1).sample(requests, len(requests))
-
-    def completed(self, timeout_s: float | None = None) -> list[Rollout]:
-        now, self.waiting = self.waiting[:3], self.waiting[3:]
-        return [
-            Rollout(
-                r.prompt_id, r.sample, r.prompt_tokens, [1], [0.0], [(0, 1)], "stop", self.texts[r.prompt_id][r.sample]
-            )
-            for r in now
-        ]
-
-
-def test_the_driver_scores_every_completion_with_its_own_row_in_order():
-    def written(answers: list[str]) -> list[str]:
-        return [f"<think>x</think><answer>{a}</answer>" for a in answers]
-
-    prompts = [
-        Prompt("a", "", (1,), {"numbers": [3, 5], "target": 8}),
-        Prompt("b", "", (1,), {"numbers": [2, 7], "target": 14}),
-    ]
-    engine = Echo({"a": written(["3+5", "5-3", "5+3", "8"]), "b": written(["2*7", "7*2", "7*2", "7+7"])})
-    specs = [Reward(fn="rlzero.examples.countdown:countdown_reward")]
-    with RewardRunner(specs, workers=1) as runner:
-        groups = evaluate.write_and_score(engine, runner, prompts, 4, Sampling(8))
-    assert [[s.verdict == "correct" for (s,) in group.scores] for group in groups] == [
-        [True, False, True, False],
-        [True, True, True, False],
-    ]
-    result = evaluate.summarise(groups, specs)
-    assert result["pass_at_1"] == pytest.approx(5 / 8) and result["cons_at_k"] == 1.0
+def test_a_checkpoint_evaluated_alone_by_two_workers_has_the_figures_of_its_run(
+    local_ray, finished, write_config, tmp_path
+):
+    (last,) = (line for line in read_lines(finished / "evals.jsonl") if line["step"] == 4)
+    changes = {"policy.path": str(finished / "checkpoints" / "step-000004"), "rollout.workers": 2, "seed": 7}
+    config = Config.load(write_config(tmp_path, **changes))
+    groups = evaluation_run.run(config, tmp_path / "groups.jsonl")
+    result = evaluate.summarise(groups, config.rewards)
+    assert {name: last[name] for name in result} == result
+    assert dump.load_rewards(tmp_path / "groups.jsonl")[1].weight == 0.5

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rewards.score import Score
+from rlzero.config.rl import Reward
 from rlzero.config.sft import SftConfig
 from rlzero.data import dump
 from rlzero.data.examples import load_examples, load_sft_tokenizer
@@ -241,10 +242,12 @@ def group(tokenizer, completions, prompt="Make 3."):
         ids = [*tokenizer(completion)["input_ids"], *([tokenizer.eos_token_id] if finish == "stop" else [])]
         n = len(ids)
         rollouts.append(Rollout("0/a", sample, tokens, ids, [-1.0] * n, [(0, n)], finish, completion))
-        scores.append([None, Score(float(verdict == "correct"), verdict), Score(1.0, "correct")])
+        scores.append([None, Score(1.0, "correct"), Score(float(verdict == "correct"), verdict)])
     return Group(Prompt("a", text, tokens, {"prompt": prompt}), rollouts, scores)
 
 
+# The reward of form stands first; the heavier one decides what is correct, as in an evaluation.
+REWARDS = [Reward(fn="m:other", weight=9), Reward(fn="m:form", weight=0.1), Reward(fn="m:task")]
 COMPLETIONS = [
     (" <think>x</think> 3", "stop", "correct"), (" 4", "stop", "wrong"), (" 3 and", "length", "correct"),
 ]  # fmt: skip
@@ -253,7 +256,7 @@ COMPLETIONS = [
 def test_of_a_dump_the_correct_and_finished_completions_are_learned_as_they_were_sampled(read, folder, tmp_path):
     tokenizer = load_sft_tokenizer(SftConfig(policy={"path": str(folder)}, data={"train": "x"}, rows_per_step=1))
     written = group(tokenizer, COMPLETIONS)
-    dump.save(tmp_path / "dump.jsonl", [written], step=3)
+    dump.save(tmp_path / "dump.jsonl", [written], REWARDS, step=3)
     examples = read.source(str(tmp_path / "dump.jsonl"))
     (example,) = examples
     rollout = written.rollouts[0]
@@ -269,7 +272,7 @@ def test_a_dump_of_another_tokenizer_is_encoded_anew(read, folder, tmp_path, cap
     for rollout in other.rollouts:  # other ids for the same text
         rollout.prompt_tokens = tuple(t + 1 for t in rollout.prompt_tokens)
     other = Group(Prompt("a", other.prompt.text, other.rollouts[0].prompt_tokens, {}), other.rollouts, other.scores)
-    dump.save(tmp_path / "dump.jsonl", [other])
+    dump.save(tmp_path / "dump.jsonl", [other], REWARDS)
     (example,) = read.source(str(tmp_path / "dump.jsonl"))
     assert "another tokenizer" in caplog.text
     assert read.learned(example) == [COMPLETIONS[0][0] + tokenizer.eos_token]
@@ -278,6 +281,6 @@ def test_a_dump_of_another_tokenizer_is_encoded_anew(read, folder, tmp_path, cap
 
 def test_a_dump_without_a_correct_completion_says_so(read, folder, tmp_path):
     tokenizer = load_sft_tokenizer(SftConfig(policy={"path": str(folder)}, data={"train": "x"}, rows_per_step=1))
-    dump.save(tmp_path / "dump.jsonl", [group(tokenizer, COMPLETIONS[1:])])
+    dump.save(tmp_path / "dump.jsonl", [group(tokenizer, COMPLETIONS[1:])], REWARDS)
     with pytest.raises(DataError, match="no completion is left to learn from .1 not finished, 1 not correct"):
         read.source(str(tmp_path / "dump.jsonl"))
