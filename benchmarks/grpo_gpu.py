@@ -327,7 +327,7 @@ def memory_of(plan, lines: list[dict[str, float]]) -> dict[str, dict[str, float]
     CUDA's context is in the device's figure alone."""
     if plan is None:
         return {}
-    from rlzero.plan.gpu_memory import CONTEXT
+    from rlzero.plan.memory import CONTEXT
 
     def largest(name: str) -> float:
         return max(line.get(name, 0.0) for line in lines)

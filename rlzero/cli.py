@@ -148,10 +148,10 @@ def score(
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Memory, placement and work of a run or of an architecture, without starting anything."""
     from rlzero.config.rl import Config
-    from rlzero.plan import model_plan
+    from rlzero.plan import of_architecture
 
-    if model_plan.is_model_config(config):
-        lines, short = model_plan.plan_text(config, overrides or [])
+    if of_architecture.is_model_config(config):
+        lines, short = of_architecture.plan_text(config, overrides or [])
         typer.echo("\n".join(lines))
         if short is not None:
             raise short
@@ -230,7 +230,7 @@ def _show_plan(config, resolved: bool) -> None:
     from rlzero.cluster import placement
     from rlzero.cluster import ray_cluster as cluster
     from rlzero.config.read import UsageError
-    from rlzero.plan.run_plan import describe, make_plan, shortage
+    from rlzero.plan.of_run import describe, make_plan, shortage
 
     if resolved:
         typer.echo(config.resolved_yaml())

@@ -22,7 +22,7 @@ from rlzero.config.read import UsageError
 from rlzero.config.rl import Config
 from rlzero.data.prompts import PromptStream, load_prompts, load_tokenizer
 from rlzero.eval import evaluate
-from rlzero.plan import run_plan as plan
+from rlzero.plan import of_run as plan
 from rlzero.report.log import RunLog
 from rlzero.rl.groups import Graded, Group
 from rlzero.rl.metrics import Written, lag
@@ -50,7 +50,7 @@ class Run:
     def __init__(self, config: Config, resume: bool, watch: Callable[[str, dict], None] = lambda event, data: None):
         self.config, self.watch = config, watch
         self.gpu = plan.gpu_of(config)
-        if self.gpu is not None and (why := plan.shortage_of_gpu(config, self.gpu)):
+        if self.gpu is not None and (why := plan.shortage(config, self.gpu)):
             raise UsageError(why)
         self.sleep_level = plan.sleep_level(config)  # of engines while the trainer works; 0: nobody ever sleeps
         self.dir = config.run_dir

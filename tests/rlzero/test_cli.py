@@ -19,7 +19,7 @@ from rlzero.config.read import UsageError
 from rlzero.config.rl import Config
 from rlzero.data import dump
 from rlzero.examples.countdown import text as base_text
-from rlzero.plan.run_plan import make_plan, read_policy
+from rlzero.plan.of_run import make_plan, read_size
 from rlzero.rl.groups import Group
 from rollout.engine import Prompt, Rollout
 from trainer.model.v3_config import V3Config
@@ -159,13 +159,13 @@ def test_export_never_overwrites(monkeypatch, capsys, policy, tmp_path):
 
 def test_the_plan_counts_the_models_parameters_exactly(policy, config_file):
     module = load_policy(PolicyOptions(path=str(policy), dtype="float32"), torch.device("cpu"), seed=0).module
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    body = sum(tensor.numel() for name, tensor in tensors if "mtp_layers" not in name)
-    size = read_policy(policy)
+    body = sum(tensor.numel() for name, tensor in module.named_parameters() if "mtp_layers" not in name)
+    size = read_size(policy)
     assert size.parameters == body
     plan = make_plan(Config.load(config_file))
-    assert plan.trainer["weights"] == 4 * body and plan.trainer["optimizer moments (FP32)"] == 8 * body
-    assert plan.worker["cache of all completions at full length, at most"] == 4 * 72 * (512 + 64) * 2 * 4
+    held = plan.trainer.parts
+    assert held["weights (FP32)"] == 4 * (body + size.mtp) and held["optimizer moments (FP32)"] == 8 * body
+    assert plan.engine.parts["cache of all completions at full length, at most"] == 4 * 72 * (512 + 64) * 2 * 4
 
 
 @pytest.mark.parametrize(

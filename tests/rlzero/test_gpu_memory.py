@@ -11,11 +11,10 @@ import torch
 from benchmarks.train_step_gpu import TOKENS, V3_2B
 from rlzero.config.read import UsageError
 from rlzero.config.rl import Config
-from rlzero.plan import gpu_plan, model_plan
-from rlzero.plan.gpu_memory import LayerSize, TrainerWork, cache_for, kept_of_layer, trainer_memory
-from rlzero.plan.gpu_plan import Device, make_gpu_plan
-from rlzero.plan.policy_size import Policy, read_policy
-from rlzero.plan.run_plan import describe_gpu, engine_options, make_plan, shortage, sleep_level
+from rlzero.plan import of_run
+from rlzero.plan.memory import TrainerWork, cache_for, kept_of_layer, trainer_memory
+from rlzero.plan.of_run import Device, describe_gpu, engine_options, gpu_of, make_plan, shortage, sleep_level
+from rlzero.plan.size import LayerSize, read_size, size_of_architecture
 from rlzero.rl.run import Run
 from trainer.model.v3_config import V3Config
 
@@ -25,8 +24,7 @@ H100 = Device("H100 80GB", int(79.1 * 2**30), False)
 
 @pytest.fixture(scope="module")
 def layers() -> list[LayerSize]:
-    _, parts = model_plan.count_parameters(V3_2B)
-    return [LayerSize(part.dense, part.routed) for part in parts[1 : 1 + V3_2B.num_hidden_layers]]
+    return list(size_of_architecture(V3_2B)[0].by_layer)
 
 
 # `max_memory_allocated` in GB, of benchmarks/train_step.py and benchmarks/scaling.py, when masters had 4 bytes.
@@ -83,7 +81,7 @@ def plan_of(write_config, tmp_path):
         changes = {"device": "cuda", "rollout.engine": "vllm", "cluster.placement": "colocated", **changes}
         config = Config.load(write_config(tmp_path, **changes))
         device = H100 if device_bytes is None else Device("small GPU", device_bytes, False)
-        return config, make_gpu_plan(config, read_policy(config.policy.path), device)
+        return config, make_plan(config, device)
 
     return plan
 
@@ -99,8 +97,8 @@ def test_engines_sleep_where_only_one_of_both_fits(plan_of):
     together = plan.training
     _, plan = plan_of(round(together / 0.94) - (8 << 20), **MANY)
     assert plan.sleep_level == 2 and plan.lacking == 0
-    assert plan.training == plan.trainer.peak + plan.engine.at_rest <= plan.room
-    assert plan.writing == plan.trainer.at_rest + plan.engine.peak <= plan.room
+    assert plan.training == plan.trainer.peak + plan.engine.at_rest <= plan.device.room
+    assert plan.writing == plan.trainer.at_rest + plan.engine.peak <= plan.device.room
     _, plan = plan_of(round(together / 0.94) + (8 << 20), **MANY)
     assert plan.sleep_level == 0
 
@@ -110,14 +108,14 @@ def test_engines_that_always_write_get_the_cache_that_is_left(plan_of):
     less = round((plan.training - plan.cache_bytes // 2) / 0.94)
     _, plan = plan_of(less, staleness=1, **{"loss.correction": "tis"})
     assert plan.sleep_level == 0 and plan.lacking == 0
-    assert 0 < plan.cache_bytes < plan.full_cache_bytes and plan.training <= plan.room
+    assert 0 < plan.cache_bytes < plan.full_cache_bytes and plan.training <= plan.device.room
 
 
 def test_what_does_not_even_fit_in_turn_says_by_how_much_and_what_helps(plan_of, monkeypatch):
     config, plan = plan_of(1 << 30)
     assert plan.lacking > 0
     assert plan.lacking == max(plan.training, plan.writing) - (1 << 30)
-    monkeypatch.setattr(gpu_plan, "find_device", lambda: Device("small GPU", 1 << 30, False))
+    monkeypatch.setattr(of_run, "find_device", lambda *_: Device("small GPU", 1 << 30, False))
     text = shortage(config, make_plan(config))
     for part in ("small GPU", "too much", "activation_checkpointing", "moments: bfloat16"):
         assert part in text
@@ -150,7 +148,7 @@ def test_the_engine_is_told_its_cache_and_no_more_than_is_free_of_the_device(pla
 
 def test_the_cache_holds_every_running_request_in_whole_blocks(plan_of):
     config, plan = plan_of()
-    values = read_policy(config.policy.path).cache_values
+    values = read_size(config.policy.path).cache_values
     assert plan.cache_bytes == cache_for(9, 88, 4 * values) == (9 * 2 + 1) * 64 * 4 * values
 
 
@@ -158,7 +156,7 @@ def test_the_plan_of_a_cpu_says_nothing_of_gpus(write_config, tmp_path):
     if torch.cuda.is_available():
         pytest.fail("this test is for a machine without a GPU: run `make test-gpu` there")
     config = Config.load(write_config(tmp_path))
-    assert make_plan(config).gpu is None and sleep_level(config) == 0 and engine_options(config, "vllm") == {}
+    assert gpu_of(config) is None and sleep_level(config) == 0 and engine_options(config, "vllm") == {}
 
 
 def test_the_table_names_the_device_and_that_it_is_assumed(plan_of):
@@ -169,19 +167,15 @@ def test_the_table_names_the_device_and_that_it_is_assumed(plan_of):
 
 def test_an_mtp_layers_copies_of_the_tables_are_not_counted(tiny_policy):
     config = V3Config.from_hf(json.loads((tiny_policy / "config.json").read_text()))
-    found = read_policy(tiny_policy)
-    size, parts = model_plan.count_parameters(config)
-    biases = config.n_routed_experts * (config.moe_layers + 1)
-    assert isinstance(found, Policy) and abs(found.mtp - size.mtp) <= biases
-    own = sum(layer.all for layer in found.by_layer)
-    assert abs(own - sum(part.dense + part.routed for part in parts[1 : 1 + config.num_hidden_layers])) <= biases
+    found, counted = read_size(tiny_policy), size_of_architecture(config)[0]
+    assert found.mtp == counted.mtp and found.by_layer == counted.by_layer and found.parameters == counted.parameters
 
 
 def test_what_engines_do_while_the_trainer_works(plan_of, monkeypatch):
     """Asked for, it is done; else they sleep only on a GPU that does not hold both, and where they do not write."""
 
     def level(nbytes: int, **changes) -> int:
-        monkeypatch.setattr(gpu_plan, "find_device", lambda: Device("GPU", nbytes, False))
+        monkeypatch.setattr(of_run, "find_device", lambda *_: Device("GPU", nbytes, False))
         return sleep_level(plan_of(**{**MANY, **changes})[0])
 
     _, plan = plan_of(**MANY)

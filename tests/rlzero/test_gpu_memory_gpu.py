@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.train_step_gpu import V3_2B
-from rlzero.plan.gpu_memory import TrainerWork, recompute_of, trainer_memory
-from rlzero.plan.policy_size import read_policy
+from rlzero.plan.memory import TrainerWork, recompute_of, trainer_memory
+from rlzero.plan.size import read_size
 from trainer.checkpoint.hf import save_folder
 from trainer.losses import LossOptions
 from trainer.model.v3 import V3Model
@@ -59,7 +59,7 @@ def test_the_count_is_within_ten_percent_of_the_peak(folder, kept, micro_batches
     trainer.memory()
     trainer.step([batches])
     measured = trainer.memory()["allocated"]
-    found = read_policy(folder)
+    found = read_size(folder)
     work = TrainerWork(
         max(len(b.tokens) for b in batches), len(batches), recompute_of(kept), moments=2, reference=kl_coef > 0
     )  # fmt: skip

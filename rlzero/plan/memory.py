@@ -1,5 +1,5 @@
-"""Bytes that one process of a run holds on a GPU at its fullest moment: the trainer's, counted tensor by tensor from
-what its kernels keep for the backward pass, and an engine's.
+"""Bytes that one process holds at its fullest moment: a trainer rank's, counted tensor by tensor from what its kernels
+keep for the backward pass, and an engine's. Plans of runs and of architectures count with it.
 
 The trainer's count follows trainer/model (what each autograd function saves), model/head.py and optimizer.py
 (when which gradients exist); tests hold it against measured peaks. Everything is for one micro-batch of documents of
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from rlzero.plan.size import LayerSize
 from rollout.transport.buckets import BUCKET_BYTES
 from trainer.model.head import CHUNK_BYTES, KEEP_BYTES
 
@@ -40,21 +41,10 @@ def recompute_of(activation_checkpointing: bool | str) -> Recompute:
 
 
 @dataclass(frozen=True)
-class LayerSize:
-    """Parameters of a layer: those that every rank computes with, and the routed experts'."""
-
-    dense: int
-    routed: int = 0
-
-    @property
-    def all(self) -> int:
-        return self.dense + self.routed
-
-
-@dataclass(frozen=True)
 class TrainerWork:
     """What one trainer rank does in an update. `equal`: all documents are of one length, which another attention kernel
-    takes."""
+    takes. Of its pipeline stage: whether it is the `first` and the `last`, and how many micro-batches are `in_flight`,
+    that is, before their backward pass, at a time."""
 
     tokens: int  # of a micro-batch
     micro_batches: int
@@ -69,6 +59,11 @@ class TrainerWork:
     reshard: bool = False
     reduce_each: bool = False
     nccl: bool = False  # weights travel to engines on other GPUs
+    fp8: bool = False  # the recipe of Linears and experts
+    first: bool = True
+    last: bool = True
+    in_flight: int = 1
+    cuda: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,47 +80,65 @@ class Held:
     @property
     def allocated(self) -> int:
         """What torch's allocator has given out at that moment: measured as `max_memory_allocated`."""
-        return sum(size for name, size in self.parts.items() if name not in OUTSIDE)
+        return sum(nbytes for name, nbytes in self.parts.items() if name not in OUTSIDE)
+
+    @property
+    def exact(self) -> int:
+        """The parts that are no estimates."""
+        return sum(nbytes for name, nbytes in self.parts.items() if not name.endswith(("about", "at most")))
+
+    def lines(self) -> list[str]:
+        """The parts as lines of text."""
+        return [f"             {size(nbytes):>10}  {part}" for part, nbytes in self.parts.items() if nbytes]
 
 
 CONTEXT, UNUSABLE, BUFFERS = "CUDA context and libraries", "blocks the allocator cannot use, about", "sync's buffers"
 OUTSIDE = (CONTEXT, UNUSABLE)
 
 
-def kept_of_attention(m: V3Config, width: int = BF16, equal: bool = False) -> int:
+def _input_bytes(width: int, fp8: bool) -> float:
+    """Of one value that a product keeps of its input: E4M3 with an FP32 scale for every 128, or `width`."""
+    return 1 + FP32 / 128 if fp8 else width
+
+
+def kept_of_attention(m: V3Config, width: int = BF16, equal: bool = False, fp8: bool = False) -> int:
     """Bytes that the attention's half of a layer keeps of a token, its input included."""
     heads, latent = m.num_attention_heads, (m.q_lora_rank or 0) + m.kv_lora_rank
-    values = 2 * m.hidden_size  # the layer's input and its norm
-    values += 2 * latent + m.qk_rope_head_dim  # one product holds the latents and the rotated key; their norms
+    inputs = m.hidden_size + latent  # of products: the norms of the layer's input and of the latents
+    values = m.hidden_size + latent + m.qk_rope_head_dim  # the layer's input; one product's latents and rotated key
     values += 2 * heads * m.qk_head_dim  # queries and keys
-    if equal:  # the values are a view of the up-projection; the result
+    if equal:  # the values are a view of the up-projection; the result is the output projection's input
         values += heads * (m.qk_nope_head_dim + m.v_head_dim) + heads * m.v_head_dim
     else:  # flash attention's values and result are as wide as keys; the result again, cut
-        values += 2 * heads * m.qk_head_dim + heads * m.v_head_dim
-    return values * width + FP32 * (heads + 3)  # log-sum-exp and three 1/rms
+        values += 2 * heads * m.qk_head_dim
+        inputs += heads * m.v_head_dim
+    return round(values * width + inputs * _input_bytes(width, fp8)) + FP32 * (heads + 3)  # log-sum-exp, three 1/rms
 
 
-def kept_of_mlp(m: V3Config, dense: bool, width: int = BF16, rows: bool = True) -> int:
+def kept_of_mlp(m: V3Config, dense: bool, width: int = BF16, rows: bool = True, fp8: bool = False) -> int:
     """Bytes that the MLP's half of a layer keeps of a token. `rows`: the experts' copies of the tokens and their
     activations too, which selective checkpointing makes again."""
-    values = 2 * m.hidden_size  # the residual's sum and its norm
+    values, inputs = m.hidden_size, m.hidden_size  # the residual's sum and its norm
+    wide = m.intermediate_size if dense else m.n_shared_experts * m.moe_intermediate_size
+    values, numbers = values + 2 * wide, FP32  # gate and up; 1/rms
     if dense:
-        return (values + 3 * m.intermediate_size) * width + FP32  # gate and up, and their product
-    values += 2 * m.n_shared_experts * m.moe_intermediate_size
-    chosen = m.num_experts_per_tok
-    values += chosen * 2 * m.moe_intermediate_size
-    if rows:
-        values += chosen * (m.hidden_size + m.moe_intermediate_size)
-    return (
-        values * width + FP32 * (1 + m.n_routed_experts) + chosen * (8 + 3 * FP32)
-    )  # scores, experts, weights, places
+        inputs += wide  # their product
+    else:
+        chosen = m.num_experts_per_tok
+        values += chosen * 2 * m.moe_intermediate_size
+        if rows:
+            inputs += chosen * (m.hidden_size + m.moe_intermediate_size)
+        numbers += FP32 * m.n_routed_experts + chosen * (8 + 3 * FP32)  # scores; experts, weights, places
+    return round(values * width + inputs * _input_bytes(width, fp8)) + numbers
 
 
-def kept_of_layer(m: V3Config, dense: bool, recompute: Recompute, width: int = BF16, equal: bool = False) -> int:
+def kept_of_layer(
+    m: V3Config, dense: bool, recompute: Recompute, width: int = BF16, equal: bool = False, fp8: bool = False
+) -> int:
     """Bytes of one token that a layer keeps until its backward pass."""
     if recompute == "full":
         return m.hidden_size * width
-    return kept_of_attention(m, width, equal) + kept_of_mlp(m, dense, width, rows=recompute == "none")
+    return kept_of_attention(m, width, equal, fp8) + kept_of_mlp(m, dense, width, recompute == "none", fp8)
 
 
 def backward_of_layer(m: V3Config, dense: bool, recompute: Recompute, width: int = BF16) -> int:
@@ -171,20 +184,26 @@ def _gradients(work: TrainerWork) -> Iterator[_Gradients]:
 
 
 def trainer_memory(m: V3Config, layers: Sequence[LayerSize], work: TrainerWork, mtp: int = 0, buffers: int = 0) -> Held:
-    """One trainer rank on a GPU. `layers` are those of the main model; `mtp` counts parameters of multi-token
+    """One trainer rank. `layers` are those of its stage that are trained; `mtp` counts parameters of multi-token
     prediction, which reinforcement learning holds and does not train; `buffers` are the weight sync's."""
-    tables = m.vocab_size * m.hidden_size
-    head = 0 if m.tie_word_embeddings else tables
-    dense = sum(layer.dense for layer in layers) + tables + head + m.hidden_size
+    table = m.vocab_size * m.hidden_size
+    embedding = table * (work.first and not (work.last and m.tie_word_embeddings))
+    if work.last and not work.first and m.num_nextn_predict_layers:
+        embedding += table  # a copy of the first stage's, which multi-token prediction reads
+    head = table * work.last
+    dense = sum(layer.dense for layer in layers) + embedding + head + m.hidden_size * work.last
     routed = sum(layer.routed for layer in layers) // work.ep
     rest = _states(dense, routed, mtp, work)
+    if work.fp8:  # straight and turned: the products with the weight and with its transpose need one each
+        rest["FP8 forms of the weights"] = 2 * (sum(layer.quantized for layer in layers) + routed)
     best: dict[str, int] = {}
     for gradients in _gradients(work):
-        for moment in _moments(m, layers, head or tables, gradients, work):
+        for moment in _moments(m, layers, (embedding, head), gradients, work):
             if sum(moment.values()) > sum(best.values()):
                 best = moment
-    rest |= {BUFFERS: buffers, CONTEXT: CONTEXT_BYTES + (NCCL_BYTES if work.dp > 1 or work.nccl else 0)}
-    unusable = UNUSABLE_SHARE if work.dp == 1 else UNUSABLE_SHARE_OF_RANKS
+    context = CONTEXT_BYTES + (NCCL_BYTES if work.dp > 1 or work.nccl else 0)
+    rest |= {BUFFERS: buffers, CONTEXT: context if work.cuda else 0}
+    unusable = (UNUSABLE_SHARE if work.dp == 1 else UNUSABLE_SHARE_OF_RANKS) if work.cuda else 0
     parts = {**rest, **best, UNUSABLE: round(unusable * sum(best.values()))}
     return Held({k: v for k, v in parts.items() if v}, sum(rest.values()))
 
@@ -213,47 +232,47 @@ def _states(dense: int, routed: int, mtp: int, work: TrainerWork) -> dict[str, i
 
 
 def _moments(
-    m: V3Config, layers: Sequence[LayerSize], table: int, gradients: _Gradients, work: TrainerWork
+    m: V3Config, layers: Sequence[LayerSize], tables: tuple[int, int], gradients: _Gradients, work: TrainerWork
 ) -> Iterator[dict[str, int]]:
     """Activations, gradients and gathered weights at the moments of a micro-batch that can be the fullest: in the head,
     between forward and backward, and in the backward pass of every layer."""
     n, w, h = work.tokens, work.width, m.hidden_size
+    embedding, head = tables
     latent = (
         (m.q_lora_rank + m.kv_lora_rank + m.qk_rope_head_dim) * h * w if m.q_lora_rank else 0
     )  # weights side by side
-    kept = [n * kept_of_layer(m, not x.routed, work.recompute, w, work.equal) + latent for x in layers]
+    kept = [n * kept_of_layer(m, not x.routed, work.recompute, w, work.equal, work.fp8) + latent for x in layers]
     if work.recompute == "full":
-        kept = [size - latent for size in kept]
-    kept_name = "activations of one micro-batch"
+        kept = [nbytes - latent for nbytes in kept]
+    kept_name = f"activations of {'one micro-batch' if work.in_flight == 1 else f'{work.in_flight} micro-batches'}"
+    kept_name += "" if work.cuda and not work.fp8 else ", about"
     ends = n * (4 * h * w + m.qk_rope_head_dim * FP32 + 64)  # final norm, the head's rows, rotation, tokens
+    ends += (work.in_flight - 1) * sum(kept)
 
     def so_far(done: Sequence[LayerSize], to_come: Sequence[LayerSize], tables_after: bool) -> int:
         size = sum(x.dense for x in done) * gradients.dense[1] + sum(x.dense for x in to_come) * gradients.dense[0]
         experts = [sum(x.routed for x in part) / work.ep for part in (to_come, done)]
         size += experts[0] * gradients.routed[0] + experts[1] * gradients.routed[1]
-        size += table * (gradients.dense[1] if tables_after else gradients.dense[0])
-        if not m.tie_word_embeddings:
-            size += table * gradients.dense[0]  # the embedding's: it comes last
-        return round(size)
+        size += head * (gradients.dense[1] if tables_after else gradients.dense[0])
+        return round(size + embedding * gradients.dense[0])  # the embedding's comes last
 
     def gathered(in_use: Sequence[LayerSize]) -> int:
         """Whole weights of ranks that keep shards: of all layers until their backward pass, or of two at a time."""
         if work.dp == 1:
             return 0
         sizes = [x.dense + (0 if work.ep == work.dp else x.routed // work.ep) for x in in_use]
-        tables = table * (1 if m.tie_word_embeddings else 2)
-        return w * (tables + (sum(sorted(sizes)[-2:]) if work.reshard else sum(sizes)))
+        return w * (embedding + head + (sum(sorted(sizes)[-2:]) if work.reshard else sum(sizes)))
 
     gathered_name = "weights gathered"
     yield {
         kept_name: sum(kept) + ends,
         "gradients": so_far((), layers, False),
         gathered_name: gathered(layers),
-        "the head": _head(m, n, w),
+        "the head": _head(m, n, w, work.cuda) if work.last else 0,
     }
     for i in reversed(range(len(layers))):
         dense, passing = not layers[i].routed, layers[i].dense + layers[i].routed // work.ep
-        again = n * kept_of_layer(m, dense, "none", w, work.equal) + latent if work.recompute == "full" else 0
+        again = n * kept_of_layer(m, dense, "none", w, work.equal, work.fp8) + latent if work.recompute == "full" else 0
         yield {
             kept_name: sum(kept[: i + 1]) + ends,
             "gradients": so_far(layers[i:], layers[:i], True) + round(gradients.passing * passing),
@@ -261,14 +280,15 @@ def _moments(
             "a layer made again": again,
             "a layer's backward pass": n * backward_of_layer(m, dense, work.recompute, w),
         }
-    embedding = m.vocab_size * h * w
-    last = so_far(layers, (), True) + round(gradients.dense[1] * embedding / w) + embedding
-    yield {kept_name: ends, "gradients": last, gathered_name: gathered(())}
+    if work.first:
+        table = m.vocab_size * h
+        last = so_far(layers, (), True) + round(gradients.dense[1] * table) + table * w
+        yield {kept_name: ends, "gradients": last, gathered_name: gathered(())}
 
 
-def _head(m: V3Config, tokens: int, width: int) -> int:
+def _head(m: V3Config, tokens: int, width: int, cuda: bool) -> int:
     """The most that log-probabilities of `tokens` and their gradient take, see trainer/model/head.py."""
-    chunk = min(tokens * m.vocab_size * FP32, CHUNK_BYTES["cuda"])
+    chunk = min(tokens * m.vocab_size * FP32, CHUNK_BYTES["cuda" if cuda else "cpu"])
     table, rows = m.vocab_size * m.hidden_size, tokens * m.hidden_size * width
     if (kept := tokens * m.vocab_size * width) <= KEEP_BYTES:
         return kept + max(chunk, rows + table * width)
@@ -331,3 +351,22 @@ def engine_memory(work: EngineWork, cache_bytes: int) -> Held:
     }
     sleeping = sum(v for k, v in parts.items() if k not in ("weights", "cache"))
     return Held({k: v for k, v in parts.items() if v}, sleeping)
+
+
+# ---- words ----
+
+
+def count(number: float) -> str:
+    """Parameters in words: 5.3 M, 671 B."""
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= limit:
+            return f"{number / limit:.3g} {suffix}"
+    return str(int(number))
+
+
+def size(nbytes: float) -> str:
+    """Bytes in words: 1.5 GiB."""
+    for limit, suffix in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
+        if nbytes >= limit:
+            return f"{nbytes / limit:.3g} {suffix}"
+    return f"{nbytes / 1024:.3g} KiB"
