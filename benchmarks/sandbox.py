@@ -7,7 +7,7 @@
     python benchmarks/sandbox.py --json              one JSON object instead of text
 
 Everything runs on one core at a time (a job and its parent take turns), so jobs/s is per core. CPU times include the
-parent, the zygote and its jobs; they are what remains comparable on a machine that does other work as well.
+parent, the fork server and its jobs; they are what remains comparable on a machine that does other work as well.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ READER = "a, b = map(int, input().split())\nprint(a + b)\n"
 
 
 def cpu_s(sandbox: Sandbox) -> float:
-    """CPU seconds used so far by this process, the zygote and all jobs that have ended."""
+    """CPU seconds used so far by this process, the fork server and all jobs that have ended."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     total, todo = own.ru_utime + own.ru_stime, [sandbox._process.pid]
     while todo:
@@ -70,7 +70,7 @@ def speed(sandbox: Sandbox, code: str, tests: Tests, seconds: float) -> dict[str
 
 
 def cold(seconds: float) -> dict[str, float]:
-    """The same program by a fresh interpreter without any wall (what most reward functions do)."""
+    """The same program by a fresh interpreter without isolation (what most reward functions do)."""
     took, started = [], time.perf_counter()
     while time.perf_counter() - started < seconds:
         before = time.perf_counter()
@@ -249,7 +249,7 @@ def measure(options: argparse.Namespace) -> dict:
             ("assert", FUNCTION, ASSERT),
         ):
             result.setdefault("speed", {})[name] = speed(sandbox, code, tests, options.seconds)
-        result["speed"]["cold interpreter, no walls"] = cold(options.seconds)
+        result["speed"]["cold interpreter, no isolation"] = cold(options.seconds)
         if options.data:
             result["data_sets"] = data_sets(sandbox, options.data)
         if options.orphans:

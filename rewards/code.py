@@ -6,8 +6,8 @@
     code_reward(completion, tests="def check(candidate): ...", entry_point="add", setup=prompt)    # HumanEval
     code_reward(completion, tests={"stdout": "hello\\n"})                                          # a plain script
 
-Expected values never enter the process that runs the candidate. What goes wrong on our side (a missing wall, no memory)
-is verdict `error`, never a score.
+Expected values never enter the process that runs the candidate. What goes wrong on our side (a
+missing isolation layer, no memory) is verdict `error`, never a score.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ class Score:
     """The outcome of one reward on one completion.
 
     `value` is the reward before its weight. `verdict` says why: `timeout` is the *answer's* fault (checking it took
-    too long) and counts as wrong; `error` is ours (a crashed checker, a missing wall) and is never a reward: the loop
-    masks the sample and stops the run when such errors become frequent. `metrics` are averaged into the step's log.
-    `detail` is for people: the traceback of an error, or what was extracted and which rule decided.
+    too long) and counts as wrong; `error` is ours (a crashed checker, a missing isolation layer) and is never a reward:
+    the loop masks the sample and stops the run when such errors become frequent. `metrics` are averaged into the step's
+    log. `detail` is for people: the traceback of an error, or what was extracted and which rule decided.
     """
 
     value: float

@@ -45,7 +45,7 @@ def verify(gold: str, prediction: str, prose: bool = False) -> tuple[Outcome, st
 
 
 def warm() -> None:
-    """Imports what `verify` needs; called once in a runner's keeper, so that every forked worker has it."""
+    """Imports what `verify` needs; called once in a runner's fork server, so that every forked worker has it."""
     from math_verify import parse  # noqa: F401
 
     compare("\\frac{1}{2}x^{2}", "0.5x^2", False)

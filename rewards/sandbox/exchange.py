@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from . import values
+from .isolation import IsolationError, Limits, cpu_seconds
 from .job import CANDIDATE_ENDED
-from .walls import Limits, MissingWall, cpu_seconds
 
 End = Literal["finished", "died", "timeout", "output"]
-START_S = 30.0  # for the zygote's imports, and for a job to put up its walls on an overloaded machine
+START_S = 30.0  # for the fork server's imports, and for a job to isolate itself on an overloaded machine
 _KILL_S = 10.0
 _CHUNK = 1 << 18
 
 
 class SandboxError(Exception):
-    """The sandbox itself failed (a missing wall, no process, a dead zygote): this says nothing about the candidate."""
+    """The sandbox itself failed (a missing isolation layer, a dead fork server): the candidate is not to blame."""
 
 
 @dataclass
@@ -102,11 +102,11 @@ class Job:
         return None
 
     def _take(self, frame: dict) -> None:
-        """The first frame is the walls' own report, sent before anything untrusted ran; the rest are claims."""
+        """The first frame is the job's report before it runs anything untrusted; all others are claims."""
         if self.ready:
             self.frames.append(frame)
         elif "missing" in frame:
-            raise SandboxError(str(MissingWall(str(frame["missing"]), str(frame["why"]))))
+            raise SandboxError(str(IsolationError(str(frame["missing"]), str(frame["why"]))))
         else:
             self.ready = True
 
@@ -122,21 +122,21 @@ class Job:
         return "output" if len(self.output) > self.max_bytes else None
 
     def note(self, message: dict) -> None:
-        """Takes the zygote's report that the process ended, or never began."""
+        """Takes the fork server's report that the process ended, or never began."""
         if "refused" in message:
-            raise SandboxError(f"the zygote could not start a job: {message['refused']}")
+            raise SandboxError(f"the fork server could not start a job: {message['refused']}")
         self.ended, self.status, self.cpu_s = True, message["status"], message["cpu_s"]
 
 
 class Control:
-    """The line to the zygote: JSON messages, each whole. `why_dead()` describes a zygote that hung up."""
+    """The line to the fork server: JSON messages, each whole. `why_dead()` describes a fork server that hung up."""
 
     def __init__(self, line: socket.socket, why_dead: Callable[[], str]) -> None:
         self.line = line
         self.why_dead = why_dead
 
     def read(self, timeout_s: float) -> dict | None:
-        """The next message, or None when none came in time. `SandboxError` when the zygote is gone."""
+        """The next message, or None when none came in time. `SandboxError` when the fork server is gone."""
         self.line.settimeout(timeout_s or 1e-6)
         try:
             data = self.line.recv(1 << 16)
@@ -145,7 +145,7 @@ class Control:
         except ConnectionResetError:
             data = b""
         if not data:
-            raise SandboxError(f"the zygote ended: {self.why_dead()}")
+            raise SandboxError(f"the fork server ended: {self.why_dead()}")
         return values.loads(data)
 
     def write(self, message: dict, fds: list[int] | None = None) -> None:
@@ -154,7 +154,7 @@ class Control:
         try:
             socket.send_fds(self.line, [values.dumps(message)], fds or [])
         except OSError as error:
-            raise SandboxError(f"the zygote does not listen ({error}): {self.why_dead()}") from error
+            raise SandboxError(f"the fork server does not listen ({error}): {self.why_dead()}") from error
 
 
 def exchange(control: Control, jobs: list[Job], limits: Limits) -> End:
@@ -180,7 +180,7 @@ def exchange(control: Control, jobs: list[Job], limits: Limits) -> End:
             answered = len(main.frames)
         if main.drained:
             if not main.ready:
-                raise SandboxError(f"a job ended before its walls stood (exit code {main.status})")
+                raise SandboxError(f"a job ended before it was isolated (exit code {main.status})")
             end = end or "finished"
     _end_all(control, jobs)
     return end

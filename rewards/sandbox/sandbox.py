@@ -1,4 +1,4 @@
-"""The trusted side's front door: owns a zygote, hands it jobs and returns what they claim."""
+"""The trusted side's front door: owns a fork server, hands it jobs and returns what they claim."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from typing import Literal
 
 from . import values
 from .exchange import START_S, Control, End, Job, SandboxError, exchange, killed_by_kernel
+from .isolation import IsolationError, Limits, namespace_ids
 from .names import lookups
-from .walls import Limits, MissingWall, namespace_ids
 
 Isolation = Literal["namespaces", "bubblewrap"]
 _ENVIRONMENT = {  # nothing of ours, and strings hash alike in every run
@@ -43,12 +43,12 @@ class Run:
 
 
 class Sandbox:
-    """Runs model-written Python behind walls. Starting one takes about a second, a job a few milliseconds.
+    """Runs model-written Python in isolation. Starting one takes about a second, a job a few milliseconds.
 
     One sandbox serves one job (or one pair of tester and candidate) at a time; use one a process. `isolation`:
     "namespaces" needs a kernel that lets an unprivileged process make them, "bubblewrap" the `bwrap` program instead.
     `preload` names further modules a candidate may import (they are imported before the file system goes away).
-    Raises `SandboxError` when a wall is missing; its message names the wall.
+    Raises `SandboxError` when an isolation layer is missing; its message names it.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Sandbox:
         self._jobs = 0
         self._resources = contextlib.ExitStack()
         try:
-            self._start_zygote(isolation, preload)
+            self._start_fork_server(isolation, preload)
             self.closed = False
             hello = self._control.read(START_S)
             if hello is None:
-                raise SandboxError(f"the zygote did not start within {START_S:.0f} s")
+                raise SandboxError(f"the fork server did not start within {START_S:.0f} s")
             if "missing" in hello:
-                raise SandboxError(str(MissingWall(hello["missing"], hello["why"])))
+                raise SandboxError(str(IsolationError(hello["missing"], hello["why"])))
             self._run([self._start({}, self.limits, expected=0, probe=True)], self.limits)
         except OSError as error:
             self.close()
@@ -76,7 +76,7 @@ class Sandbox:
             self.close()
             raise
 
-    def _start_zygote(self, isolation: Isolation, preload: tuple[str, ...]) -> None:
+    def _start_fork_server(self, isolation: Isolation, preload: tuple[str, ...]) -> None:
         prefix = _prefix(isolation)
         keep = self._resources
         self._devnull = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -91,15 +91,15 @@ class Sandbox:
                 "control": theirs.fileno(), "owner": owner, "preload": list(preload),
                 "namespaces": isolation == "namespaces", "outside": namespace_ids(),
             }  # fmt: skip
-            zygote = str(Path(__file__).with_name("zygote.py"))
+            server = str(Path(__file__).with_name("fork_server.py"))
             self._process = subprocess.Popen(
-                [*prefix, sys.executable, "-s", "-P", "-B", zygote, json.dumps(config)],
+                [*prefix, sys.executable, "-s", "-P", "-B", server, json.dumps(config)],
                 stdin=self._devnull, stdout=self._devnull, stderr=self._errors, cwd="/", env=_ENVIRONMENT,
                 pass_fds=(theirs.fileno(), owner), start_new_session=True,
             )  # fmt: skip
-            keep.callback(self._end_zygote)
+            keep.callback(self._end_fork_server)
 
-    def _end_zygote(self) -> None:
+    def _end_fork_server(self) -> None:
         if os.getpid() == self._owner:
             self._process.kill()
             self._process.wait()
@@ -172,7 +172,7 @@ class Sandbox:
             return dataclasses.replace(run, load=_load_error(candidate))
 
     def close(self) -> None:
-        """Ends the zygote and everything in it."""
+        """Ends the fork server and everything in it."""
         self.closed = True
         self._resources.close()
 
@@ -196,7 +196,7 @@ class Sandbox:
             except OSError as error:
                 self.close()
                 raise SandboxError(f"the sandbox failed: {error}") from error
-            except BaseException:  # an interrupted exchange leaves jobs behind: they end with the zygote
+            except BaseException:  # an interrupted exchange leaves jobs behind: they end with the fork server
                 self.close()
                 raise
 
@@ -215,7 +215,7 @@ class Sandbox:
         tester: bool = False,
         probe: bool = False,
     ) -> Job:
-        """Asks the zygote for a process and queues its task; at most `expected` answers are read."""
+        """Asks the fork server for a process and queues its task; at most `expected` answers are read."""
         to_send = memoryview(b"" if probe else values.frame(task))
         self._jobs += 1
         ours, theirs = socket.socketpair()
@@ -267,14 +267,14 @@ def _load_error(job: Job) -> str | None:
 
 
 def _prefix(isolation: Isolation) -> list[str]:
-    """The command that the zygote runs under."""
+    """The command that the fork server runs under."""
     if isolation == "namespaces":
         return []
     if isolation != "bubblewrap":
         raise ValueError(f"isolation is {isolation!r}, expected 'namespaces' or 'bubblewrap'")
     program = shutil.which("bwrap")
     if program is None:
-        raise SandboxError("the bubblewrap wall is missing: no 'bwrap' program on PATH; install bubblewrap")
+        raise SandboxError("the bubblewrap layer is missing: no 'bwrap' program on PATH; install bubblewrap")
     return [
         program, "--unshare-all", "--unshare-user", "--cap-drop", "ALL", "--uid", "65534", "--gid", "65534",
         "--ro-bind", "/", "/", "--tmpfs", "/tmp", "--proc", "/proc", "--dev", "/dev", "--",

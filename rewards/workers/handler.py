@@ -27,7 +27,7 @@ _in_worker = False
 
 
 def make_handler(specs: tuple[RewardSpec, ...], recycle_after: int) -> Handler:
-    """Loads the rewards, in the keeper, and returns the handler of requests.
+    """Loads the rewards, in the fork server, and returns the handler of requests.
 
     A reward function may carry an attribute `warm`, a function without arguments that imports or loads what every
     worker shall find in memory; it is called here, once. The handler's attribute `about` says per reward how its

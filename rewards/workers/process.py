@@ -1,10 +1,10 @@
 """A warm worker process that can be killed at any moment and is back within milliseconds.
 
-Two processes stand behind one `WarmProcess`: a *keeper*, a fresh interpreter (never a fork of the caller, which may
-hold torch's threads or a GPU) that imports what the work needs and then does nothing but fork; and its *worker*, the
-fork that answers requests over two pipes. When a worker hangs, the caller kills it and the keeper forks the next one,
-with everything still imported. The caller trusts nothing that comes back: replies are lines of JSON, and a line that a
-kill cut short is dropped; requests, which only the caller writes, are pickled.
+Two processes stand behind one `WarmProcess`: a *fork server*, a fresh interpreter (never a fork of the caller, which
+may hold torch's threads or a GPU) that imports what the work needs and then does nothing but fork; and its *worker*,
+the fork that answers requests over two pipes. When a worker hangs, the caller kills it and the fork server forks the
+next one, with everything still imported. The caller trusts nothing that comes back: replies are lines of JSON, and a
+line that a kill cut short is dropped; requests, which only the caller writes, are pickled.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class WorkerGone(Exception):
 
 
 class WarmProcess:
-    """A keeper and its worker, seen from the caller. Not thread-safe: one thread talks to it.
+    """A fork server and its worker, seen from the caller. Not thread-safe: one thread talks to it.
 
-    `target` is `module:factory`; `factory(*arguments)` is called once in the keeper and returns the handler of
+    `target` is `module:factory`; `factory(*arguments)` is called once in the fork server and returns the handler of
     requests. `memory_bytes` caps the private memory of the worker. The first message to read is
-    `{"ready": pid, "about": ...}` (the handler's attribute `about`); another one follows every time the keeper has
+    `{"ready": pid, "about": ...}` (the handler's attribute `about`); another one follows every time the fork server has
     forked anew and carries in `ended` how the previous worker went (a negative number: the signal that killed it).
     Every request is answered by `{"started": true}`, from when on a deadline can run, and then by what the handler
     yields; a reply with `replace` set is the worker's last.
@@ -63,7 +63,7 @@ class WarmProcess:
         main = "from rewards.workers.process import keep; keep()"
         command = [sys.executable, "-P", "-c", main, str(request_read), str(reply_write)]
         try:
-            self._keeper = subprocess.Popen(
+            self._fork_server = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
@@ -80,7 +80,7 @@ class WarmProcess:
         self.send((target, arguments, memory_bytes))
 
     def send(self, request: Any) -> None:
-        """Writes one request; raises WorkerGone when the keeper has ended."""
+        """Writes one request; raises WorkerGone when the fork server has ended."""
         payload = pickle.dumps(request, protocol=5)
         try:
             _write_all(self._request, _HEAD.pack(_MARK, len(payload)) + payload)
@@ -88,7 +88,7 @@ class WarmProcess:
             raise WorkerGone(self._ending()) from error
 
     def receive(self) -> list[dict[str, Any]]:
-        """Every complete reply that has arrived, without waiting; raises WorkerGone when the keeper has ended.
+        """Every complete reply that has arrived, without waiting; raises WorkerGone when the fork server has ended.
         Afterwards `worker_pid` is the worker that takes requests: None from a `replace` to its successor's `ready`."""
         closed = False
         while True:
@@ -134,7 +134,7 @@ class WarmProcess:
         return replies
 
     def kill_worker(self) -> None:
-        """Kills the worker and what it started, at once; the keeper then forks the next one (see `receive`)."""
+        """Kills the worker and what it started, at once; the fork server then forks the next one (see `receive`)."""
         if self.worker_pid is not None:
             _kill_group(self.worker_pid)
             self.worker_pid = None
@@ -148,20 +148,20 @@ class WarmProcess:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0]
 
     def close(self) -> None:
-        """Ends worker and keeper; safe to call twice."""
+        """Ends worker and fork server; safe to call twice."""
         if self._request < 0:
             return
         os.close(self._request)
         self._request = -1
         if self.worker_pid is not None:
             _kill_group(self.worker_pid)
-        _kill_group(self._keeper.pid)
-        self._keeper.wait()
+        _kill_group(self._fork_server.pid)
+        self._fork_server.wait()
         os.close(self.reply)
 
     def _ending(self) -> str:
         try:
-            status = self._keeper.wait(timeout=2)
+            status = self._fork_server.wait(timeout=2)
         except subprocess.TimeoutExpired:
             return "a worker process closed its pipe"
         return f"a worker process ended with status {status}; its messages are on the standard error output"
@@ -182,11 +182,11 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-# What follows runs in the keeper and in the worker.
+# What follows runs in the fork server and in the worker.
 
 
 def keep() -> None:
-    """The keeper's main program: loads the handler, then forks a worker whenever there is none."""
+    """The fork server's main program: loads the handler, then forks a worker whenever there is none."""
     request, reply = int(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who then closes the pipes
     first = _read_frame(request)
@@ -250,7 +250,7 @@ def _read_frame(descriptor: int) -> Any | None:
         return None
     mark, size = _HEAD.unpack(head)
     if mark != _MARK:
-        return None  # a worker died in the middle of a request: give up, the caller starts a new keeper
+        return None  # a worker died in the middle of a request: give up, the caller starts a new fork server
     payload = _read_exactly(descriptor, size)
     return None if payload is None else pickle.loads(payload)
 

@@ -62,12 +62,12 @@ class RewardRunner:
         self._closing = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
-        self._seats = [_Seat(self._new_process()) for _ in range(workers or os.cpu_count() or 1)]
+        self._slots = [_Slot(self._new_process()) for _ in range(workers or os.cpu_count() or 1)]
         try:
-            self.kinds = [self._await_ready(seat) for seat in self._seats][0]
+            self.kinds = [self._await_ready(slot) for slot in self._slots][0]
         except WorkerGone as error:
-            for seat in self._seats:
-                seat.process.close()
+            for slot in self._slots:
+                slot.process.close()
             raise RewardError(str(error)) from None
         self._thread = threading.Thread(target=self._run, name="reward-runner", daemon=True)
         self._thread.start()
@@ -85,7 +85,7 @@ class RewardRunner:
             raise RewardError(f"group {key!r}: {len(completions)} completions but {len(each)} rows")
         group = _Group(key, list(completions), each, [[None] * len(completions) for _ in self.specs])
         indices = list(range(len(completions)))
-        size = max(1, min(CHUNK, math.ceil(len(completions) / len(self._seats))))
+        size = max(1, min(CHUNK, math.ceil(len(completions) / len(self._slots))))
         with self._changed:
             self._changed.wait_for(lambda: self._unscored < self._max_waiting or self._failure or self._closing)
             self._check()
@@ -141,21 +141,21 @@ class RewardRunner:
             while not self._closing:
                 self._hand_out()
                 self._await_events()
-                for seat in self._seats:
-                    self._read(seat)
-                    self._hold_deadline(seat)
+                for slot in self._slots:
+                    self._read(slot)
+                    self._hold_deadline(slot)
         except Exception as error:
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
         finally:
-            for seat in self._seats:
-                seat.process.close()
+            for slot in self._slots:
+                slot.process.close()
 
     def _await_events(self) -> None:
         now = time.monotonic()
-        next_s = min((seat.deadline - now for seat in self._seats if seat.task), default=60.0)
-        handles = [self._wake_read, *(seat.process.reply for seat in self._seats)]
+        next_s = min((slot.deadline - now for slot in self._slots if slot.task), default=60.0)
+        handles = [self._wake_read, *(slot.process.reply for slot in self._slots)]
         poll = select.poll()  # not select(): a long run has descriptors above 1024
         for handle in handles:
             poll.register(handle, select.POLLIN)
@@ -164,14 +164,14 @@ class RewardRunner:
                 os.read(self._wake_read, 4096)
 
     def _hand_out(self) -> None:
-        for seat in self._seats:
-            if seat.task is not None or seat.process.worker_pid is None:
+        for slot in self._slots:
+            if slot.task is not None or slot.process.worker_pid is None:
                 continue
             with self._changed:
                 if not self._waiting:
                     return
                 task = self._waiting.popleft()
-            seat.task = task
+            slot.task = task
             group, spec = task.group, self.specs[task.reward]
             request = (
                 task.number,
@@ -179,54 +179,54 @@ class RewardRunner:
                 [group.completions[i] for i in task.indices],
                 [group.rows[i] for i in task.indices],
             )
-            seat.deadline = time.monotonic() + TAKE_TIMEOUT_S
-            seat.started = False
+            slot.deadline = time.monotonic() + TAKE_TIMEOUT_S
+            slot.started = False
             # an async function keeps its own deadline per completion; this one is for when it blocks
-            seat.limit = spec.timeout_s if self.kinds[task.reward] != "async" else 1.2 * spec.timeout_s + 1
+            slot.limit = spec.timeout_s if self.kinds[task.reward] != "async" else 1.2 * spec.timeout_s + 1
             try:
-                seat.process.send(request)
+                slot.process.send(request)
             except WorkerGone as error:
-                self._restart(seat, error)
+                self._restart(slot, error)
 
-    def _read(self, seat: _Seat) -> None:
+    def _read(self, slot: _Slot) -> None:
         try:
-            replies = seat.process.receive()
+            replies = slot.process.receive()
         except WorkerGone as error:
-            self._restart(seat, error)
+            self._restart(slot, error)
             return
         for reply in replies:
-            task = seat.task
+            task = slot.task
             if "ready" in reply:
                 # one that died idle, before it took its work, leaves the work in the pipe for this one
-                if task is not None and reply["ended"] is not None and seat.started:
-                    seat.task = None
+                if task is not None and reply["ended"] is not None and slot.started:
+                    slot.task = None
                     self._lost(task, reply["ended"])
             elif "started" in reply:
-                seat.start_clock(reply["cpu_s"])
+                slot.start_clock(reply["cpu_s"])
             elif task is not None and reply["task"] == task.number:
-                seat.failures = 0
+                slot.failures = 0
                 score = None if reply["score"] is None else Score(**reply["score"])
                 task.left.remove(reply["at"])
                 self._store(task, task.indices[reply["at"]], score)
                 if not task.left:
-                    seat.task = None
+                    slot.task = None
                 elif self.kinds[task.reward] == "each":
-                    seat.start_clock(reply["cpu_s"])
-                if reply.get("replace") and seat.task is not None:
-                    seat.task = None
+                    slot.start_clock(reply["cpu_s"])
+                if reply.get("replace") and slot.task is not None:
+                    slot.task = None
                     self._requeue(task)
 
-    def _hold_deadline(self, seat: _Seat) -> None:
-        if seat.task is None or time.monotonic() < seat.deadline:
+    def _hold_deadline(self, slot: _Slot) -> None:
+        if slot.task is None or time.monotonic() < slot.deadline:
             return
-        if seat.starved():
-            seat.deadline = time.monotonic() + seat.limit / 4
+        if slot.starved():
+            slot.deadline = time.monotonic() + slot.limit / 4
             return
-        if not seat.started:
-            self._restart(seat, WorkerGone(f"a worker did not take its work within {TAKE_TIMEOUT_S} s"))
+        if not slot.started:
+            self._restart(slot, WorkerGone(f"a worker did not take its work within {TAKE_TIMEOUT_S} s"))
             return
-        task, seat.task = seat.task, None
-        seat.process.kill_worker()
+        task, slot.task = slot.task, None
+        slot.process.kill_worker()
         self._lost(task, -signal.SIGALRM)
 
     def _lost(self, task: _Task, ended: int) -> None:
@@ -254,23 +254,23 @@ class RewardRunner:
             with self._changed:
                 self._waiting.appendleft(again)
 
-    def _restart(self, seat: _Seat, error: WorkerGone) -> None:
-        task, seat.task = seat.task, None
-        seat.failures += 1
-        seat.process.close()
-        if seat.failures > _RESTARTS:
+    def _restart(self, slot: _Slot, error: WorkerGone) -> None:
+        task, slot.task = slot.task, None
+        slot.failures += 1
+        slot.process.close()
+        if slot.failures > _RESTARTS:
             raise RewardError(f"the reward workers do not stay up: {error}") from error
-        seat.process = self._new_process()
+        slot.process = self._new_process()
         if task is not None:
             self._lost(task, 1)
 
     def _new_process(self) -> WarmProcess:
         return WarmProcess("rewards.workers.handler:make_handler", self._arguments, self._memory_bytes)
 
-    def _await_ready(self, seat: _Seat) -> list[str]:
+    def _await_ready(self, slot: _Slot) -> list[str]:
         deadline = time.monotonic() + START_TIMEOUT_S
         while (left := deadline - time.monotonic()) > 0:
-            for reply in seat.process.wait(left):
+            for reply in slot.process.wait(left):
                 if "ready" in reply:
                     return reply["about"]
         raise WorkerGone(f"a reward worker was not ready within {START_TIMEOUT_S} s")
@@ -335,7 +335,7 @@ class _Task:
 
 
 @dataclass
-class _Seat:
+class _Slot:
     """A place at the table: one process and what it is doing."""
 
     process: WarmProcess

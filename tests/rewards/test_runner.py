@@ -27,7 +27,7 @@ def mixed(completion):
     if completion == "sleep":
         time.sleep(1000)
     if completion == "raise":
-        raise KeyError("missing wall")
+        raise KeyError("missing isolation layer")
     if completion == "exit":
         os._exit(3)
     if completion == "segfault":
@@ -113,7 +113,7 @@ def test_deadline_crash_and_exception_get_their_verdicts_and_the_others_their_sc
     ]
     assert all(math.isnan(s.value) for s in scores if s and s.verdict == "error")
     assert all(s.value == 0 for s in scores if s and s.verdict == "timeout")
-    assert "KeyError: 'missing wall'" in scores[3].detail and "mine.py" in scores[3].detail
+    assert "KeyError: 'missing isolation layer'" in scores[3].detail and "mine.py" in scores[3].detail
     assert "MemoryError" in scores[9].detail and "SIGSEGV" in scores[10].detail
 
 
@@ -142,7 +142,7 @@ def test_missing_column_is_an_error_with_the_message(file):
 def test_many_errors_stop_the_run_with_the_traceback(file):
     with RewardRunner([f"{file}:mixed"], workers=1) as runner:
         runner.submit("bad", ["raise"] * 60, {})
-        with pytest.raises(RewardError, match="missing wall"):
+        with pytest.raises(RewardError, match="missing isolation layer"):
             while True:
                 runner.completed(10)
 
@@ -210,7 +210,7 @@ def _alive(pid: int) -> bool:
 
 def test_close_leaves_no_process(file):
     runner = RewardRunner([{"fn": f"{file}:mixed"}], workers=2)
-    pids = [pid for seat in runner._seats for pid in (seat.process.worker_pid, seat.process._keeper.pid)]
+    pids = [pid for slot in runner._slots for pid in (slot.process.worker_pid, slot.process._fork_server.pid)]
     runner.submit("k", ["hang", "sleep"], {})
     time.sleep(0.3)
     runner.close()
@@ -226,7 +226,7 @@ def test_workers_end_when_their_caller_is_killed(file):
     code = (
         "import os, signal\nfrom rewards.workers.runner import RewardRunner\n"
         f"r = RewardRunner([{file + ':length'!r}], workers=1)\n"
-        "print(r._seats[0].process.worker_pid, r._seats[0].process._keeper.pid, flush=True)\n"
+        "print(r._slots[0].process.worker_pid, r._slots[0].process._fork_server.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
@@ -243,12 +243,13 @@ def test_a_last_reply_and_the_successors_first_read_together_leave_a_worker_to_w
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     process = WarmProcess("worn_out:make_handler")
+    server = process._fork_server.pid
     try:
         (first,) = process.wait(60)
         process.send("last")
         deadline = time.monotonic() + 60
-        while process._keeper.poll() is None and time.monotonic() < deadline:  # until the successor is there
-            children = Path(f"/proc/{process._keeper.pid}/task/{process._keeper.pid}/children").read_text().split()
+        while process._fork_server.poll() is None and time.monotonic() < deadline:  # until the successor is there
+            children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
             if children and children != [str(first["ready"])]:
                 break
             time.sleep(0.01)

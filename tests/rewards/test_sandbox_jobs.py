@@ -298,7 +298,7 @@ def test_everything_ends_with_its_owner():
     until = time.monotonic() + 10
     while len(family := descendants(owner.pid)) < 3 and time.monotonic() < until:
         time.sleep(0.02)
-    assert len(family) >= 3  # the zygote's two processes and a job
+    assert len(family) >= 3  # the fork server's two processes and a job
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     owner.stdout.close()
@@ -314,13 +314,13 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_a_dead_zygote_is_an_error_of_ours():
+def test_a_dead_fork_server_is_an_error_of_ours():
     with Sandbox() as one:
         one._process.kill()
         hung_up = select.poll()  # the forking process dies a moment after its parent, and could still do a job
         hung_up.register(one._control.line, select.POLLHUP)
         assert hung_up.poll(10_000)
-        with pytest.raises(SandboxError, match="zygote"):
+        with pytest.raises(SandboxError, match="fork server"):
             one.call("def f(x): return x", "f", inputs(1))
         assert one.closed
         with pytest.raises(SandboxError, match="closed"):

@@ -151,7 +151,7 @@ ATTACKS.escape("signal to the parent", "os.kill({pid}, {signal})\nwon = True", n
 ATTACKS.escape("signal to everybody", "os.kill(-1, 9)\nwon = True")
 ATTACKS.escape("signal to its group", "os.killpg(0, 0)\nwon = True", naive=True)
 ATTACKS.escape(
-    "descriptors of the zygote",
+    "descriptors of the fork server",
     """
     import socket
     for fd in range(5, 300):

@@ -129,7 +129,7 @@ print("PASSED")
 def beats_naive(attack: Attack) -> bool:
     """Whether the attack is paid by the usual checker (exec in one process, asserts, a word printed at the end).
 
-    Runs it without any wall: for attacks marked `naive` only, whose effects are harmless.
+    Runs it without isolation: for attacks marked `naive` only, whose effects are harmless.
     """
     with Witness() as witness:
         done = subprocess.run(

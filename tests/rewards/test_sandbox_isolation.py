@@ -1,4 +1,4 @@
-"""Each wall holds alone; a wall that cannot be built stops the sandbox with its name, and nothing runs."""
+"""Each isolation layer holds alone; one that cannot be built stops the sandbox with its name, and nothing runs."""
 
 import ctypes
 import errno
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards.sandbox import Limits, Sandbox, SandboxError, syscalls, walls
+from rewards.sandbox import Limits, Sandbox, SandboxError, isolation, syscalls
 from rewards.sandbox import filter as syscall_filter
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def refused(action) -> str:
 def under_landlock(action):
     def run():
         syscalls.no_new_privileges()
-        syscalls.landlock_deny_all(walls.landlock_abi())
+        syscalls.landlock_deny_all(isolation.landlock_abi())
         return refused(action)
 
     return in_child(run)
@@ -67,8 +67,8 @@ def under_seccomp(action):
 
 def under_namespaces(action):
     def run():
-        walls.become_nobody()
-        walls.namespaces()
+        isolation.become_nobody()
+        isolation.namespaces()
         return action()
 
     return in_child(run)
@@ -151,7 +151,7 @@ def test_the_network_namespace_alone_has_no_way_out():
 
 def test_the_mount_namespace_alone_is_empty_and_read_only():
     def look():
-        walls.empty_root()
+        isolation.empty_root()
         try:
             os.mkdir("/x")
         except OSError as error:
@@ -177,16 +177,16 @@ def test_the_pid_namespace_alone_hides_every_other_process():
 
 def test_root_is_given_up_for_good():
     def look():
-        walls.become_nobody()
+        isolation.become_nobody()
         return os.getresuid(), refused(lambda: os.setuid(0)), os.getgroups()
 
     if os.geteuid() != 0:
-        assert in_child(lambda: walls.become_nobody() or os.geteuid()) == str(os.geteuid())
+        assert in_child(lambda: isolation.become_nobody() or os.geteuid()) == str(os.geteuid())
     else:
         assert in_child(look) == "((65534, 65534, 65534), 'refused', [])"
 
 
-# -- a missing wall ------------------------------------------------------------------------------------------------
+# -- a missing layer -------------------------------------------------------------------------------------------------
 
 _NUMBERS = {"unshare": (272, 97), "landlock": (444, 444), "prctl": (157, 167), "setresuid": (117, 147)}
 _FLAGS = {
@@ -227,23 +227,23 @@ def start_without(action) -> str:
 @pytest.mark.parametrize("name, flag", _FLAGS.items())
 def test_a_missing_namespace_is_named(name, flag):
     said = start_without(lambda: deny("unshare", flag))
-    assert said.startswith(f"SandboxError: the {name} namespace wall is missing") and "bubblewrap" in said
+    assert said.startswith(f"SandboxError: the {name} namespace layer is missing") and "bubblewrap" in said
 
 
 def test_a_kernel_without_landlock_is_named():
     said = start_without(lambda: deny("landlock", error=errno.ENOSYS))
-    assert said.startswith("SandboxError: the landlock wall is missing") and "CONFIG_SECURITY_LANDLOCK" in said
+    assert said.startswith("SandboxError: the landlock layer is missing") and "CONFIG_SECURITY_LANDLOCK" in said
 
 
 def test_a_kernel_without_seccomp_is_named():
     said = start_without(lambda: deny("prctl", 22, errno.EINVAL))
     # the filter above is itself seccomp, so this process keeps it: only the sandbox's own cannot be installed
-    assert said.startswith("SandboxError: the seccomp wall is missing")
+    assert said.startswith("SandboxError: the seccomp layer is missing")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only a root zygote changes its user")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only a root fork server changes its user")
 def test_a_root_that_cannot_give_itself_up_is_named():
-    assert start_without(lambda: deny("setresuid")).startswith("SandboxError: the user wall is missing")
+    assert start_without(lambda: deny("setresuid")).startswith("SandboxError: the user layer is missing")
 
 
 def limit(name: str, value: int):
@@ -253,12 +253,12 @@ def limit(name: str, value: int):
 @pytest.mark.parametrize(
     "name, value, expected",
     [
-        ("AS", 400 << 20, "the rlimit AS wall is missing: the job needs"),
-        ("STACK", 16 << 20, "the rlimit STACK wall is missing"),
-        ("CPU", 20, "the rlimit CPU wall is missing"),
-        ("NOFILE", 48, "the rlimit NOFILE wall is missing"),
+        ("AS", 400 << 20, "the rlimit AS layer is missing: the job needs"),
+        ("STACK", 16 << 20, "the rlimit STACK layer is missing"),
+        ("CPU", 20, "the rlimit CPU layer is missing"),
+        ("NOFILE", 48, "the rlimit NOFILE layer is missing"),
         ("NOFILE", 3, "cannot start the sandbox: [Errno 24] Too many open files"),
-        ("NPROC", 16, "the rlimit NPROC wall is missing"),
+        ("NPROC", 16, "the rlimit NPROC layer is missing"),
         ("NPROC", 1, "Resource temporarily unavailable"),
     ],
 )
@@ -273,7 +273,7 @@ def test_too_little_memory_to_start_is_an_error_of_ours():
 
 def test_bubblewrap_without_the_program_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(SandboxError, match="bubblewrap wall is missing: no 'bwrap'"):
+    with pytest.raises(SandboxError, match="bubblewrap layer is missing: no 'bwrap'"):
         Sandbox(isolation="bubblewrap")
 
 
@@ -293,7 +293,7 @@ def test_a_bubblewrap_that_isolates_nothing_is_named(tmp_path, monkeypatch):
     fake.write_text('#!/bin/sh\nwhile [ "$1" != "--" ]; do shift; done\nshift\nexec "$@"\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(SandboxError, match="the user namespace wall is missing: bubblewrap left this process"):
+    with pytest.raises(SandboxError, match="the user namespace layer is missing: bubblewrap left this process"):
         Sandbox(isolation="bubblewrap")
 
 

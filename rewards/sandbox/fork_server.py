@@ -1,4 +1,4 @@
-"""The zygote: a warm interpreter behind walls that forks one child a job. Started by `sandbox.py`, never imported.
+"""The fork server: a warm, isolated interpreter that forks one child a job. Started by `sandbox.py`, never imported.
 
 It reads requests from a control socket (JSON and descriptors) and never sees code, inputs or results. It ends when its
 control socket closes or its owner dies; being process 1 of its PID namespace it takes every job with it.
@@ -19,12 +19,12 @@ import sys
 import types
 import warnings
 
-# The package is loaded under a name of its own, so that the checkers (and what they import) stay out of the zygote.
+# The package is loaded under a name of its own, so that the checkers (and what they import) stay out of this process.
 _package = types.ModuleType("sandbox")
 _package.__path__ = [os.path.dirname(os.path.abspath(__file__))]
 sys.modules["sandbox"] = _package
 from sandbox import filter as syscall_filter  # noqa: E402
-from sandbox import job, syscalls, tester, values, walls  # noqa: E402
+from sandbox import isolation, job, syscalls, tester, values  # noqa: E402
 
 _NOT_PRELOADED = {
     "antigravity", "this", "idlelib", "tkinter", "turtle", "turtledemo", "test", "lib2to3", "ensurepip", "venv", "pip",
@@ -64,7 +64,7 @@ def _preload(extra: list[str]) -> None:
             importlib.import_module(name)
 
 
-class Zygote:
+class ForkServer:
     """Forks jobs and reports their ends."""
 
     def __init__(self, control: socket.socket, owner: int, config: dict) -> None:
@@ -72,7 +72,7 @@ class Zygote:
         self.owner = owner
         self.config = config
         self.pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY) if config["namespaces"] else None
-        self.abi = walls.landlock_abi()
+        self.abi = isolation.landlock_abi()
         self.seccomp = syscalls.Filter(syscall_filter.program())
         with open("/proc/self/statm") as stream:
             self.interpreter_bytes = int(stream.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -140,7 +140,7 @@ class Zygote:
         })  # fmt: skip
 
     def child(self, request: dict, fds: list[int]) -> None:
-        """Never returns. Its first frame to the parent says whether the walls stand: no candidate has run yet."""
+        """Never returns. Its first frame to the parent says whether it is isolated: no candidate has run yet."""
         code = 70
         try:
             os.setsid()
@@ -148,13 +148,13 @@ class Zygote:
                 os.dup2(fd, target)
             syscalls.close_from(len(fds))
             try:
-                walls.around_job(
-                    walls.Limits(**request["limits"]), self.interpreter_bytes, self.abi, self.seccomp,
+                isolation.around_job(
+                    isolation.Limits(**request["limits"]), self.interpreter_bytes, self.abi, self.seccomp,
                     self.pid_namespace is not None,
                 )  # fmt: skip
                 if request.get("probe"):
-                    walls.check_job(self.abi, self.pid_namespace is not None)
-            except walls.MissingWall as missing:
+                    isolation.check_job(self.abi, self.pid_namespace is not None)
+            except isolation.IsolationError as missing:
                 values.write_frame(job.PARENT, {"missing": missing.name, "why": missing.why})
                 os._exit(70)
             values.write_frame(job.PARENT, {"ready": True})
@@ -188,28 +188,28 @@ def main() -> None:
     os.environ.clear()
     try:
         if config["namespaces"]:
-            walls.become_nobody()
-            walls.namespaces()
+            isolation.become_nobody()
+            isolation.namespaces()
             pid = os.fork()
             if pid:
                 control.close()
                 os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF)
             syscalls.die_with_parent(signal.SIGKILL)
         else:
-            walls.check_namespaces(config["outside"])
+            isolation.check_namespaces(config["outside"])
         _offer_to_oom_killer()
-        zygote = Zygote(control, owner, config)
+        server = ForkServer(control, owner, config)
         if config["namespaces"]:
-            walls.empty_root()
-    except walls.MissingWall as missing:
+            isolation.empty_root()
+    except isolation.IsolationError as missing:
         control.sendall(json.dumps({"missing": missing.name, "why": missing.why}).encode())
         os._exit(1)
     _warm_up()
     gc.collect()
     gc.disable()
     gc.freeze()
-    zygote.say({"hello": zygote.abi})
-    zygote.serve()
+    server.say({"hello": server.abi})
+    server.serve()
     os._exit(0)
 
 

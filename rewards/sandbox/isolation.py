@@ -1,7 +1,7 @@
-"""The walls around a job, one function each. A wall that cannot be built raises `MissingWall`: nothing runs without it.
+"""The isolation layers of a job, one function each. A layer that cannot be built raises `IsolationError`: nothing runs.
 
-`around_zygote` is called once (namespaces and an empty root); `around_job` in every fork (a user namespace of its own
-without capabilities, rlimits, landlock, seccomp). Both need no privilege; as root the zygote first becomes `nobody`.
+`namespaces` and `empty_root` are called once, in the fork server; `around_job` in every fork (a user namespace of its
+own without capabilities, rlimits, landlock, seccomp). No privilege is needed; root first becomes `nobody`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _STACK_BYTES = 128 << 20  # the gap the kernel always leaves under the main stac
 _OPEN_FILES = 64
 
 
-class MissingWall(Exception):
-    """`name` says which wall could not be built, the message why and what to do."""
+class IsolationError(Exception):
+    """`name` says which layer could not be built, the message why and what to do."""
 
     def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"the {name} wall is missing: {why}")
+        super().__init__(f"the {name} layer is missing: {why}")
         self.name = name
         self.why = why
 
@@ -49,11 +49,11 @@ class Limits:
 
 
 @contextmanager
-def _wall(name: str, advice: str = "") -> Iterator[None]:
+def _layer(name: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise MissingWall(name, f"{error}{'; ' + advice if advice else ''}") from error
+        raise IsolationError(name, f"{error}{'; ' + advice if advice else ''}") from error
 
 
 _NAMESPACES = (
@@ -72,7 +72,7 @@ def become_nobody() -> None:
     """As root: gives up root for good, so that limits count and no file of root's is in reach. Otherwise nothing."""
     if os.geteuid() != 0:
         return
-    with _wall("user", "a root zygote must be able to become another user"):
+    with _layer("user", "a root fork server must be able to become another user"):
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -83,7 +83,7 @@ def namespaces() -> None:
     """User, mount, network and IPC namespaces for this process, a PID namespace for its children; each is checked."""
     uid, gid = os.geteuid(), os.getegid()
     for name, file, flag in _NAMESPACES:
-        with _wall(name + " namespace", _ADVICE):
+        with _layer(name + " namespace", _ADVICE):
             before = os.stat(f"/proc/self/ns/{file}").st_ino
             syscalls.unshare(flag)
             if os.stat(f"/proc/self/ns/{file}").st_ino == before:
@@ -92,7 +92,7 @@ def namespaces() -> None:
                 for path, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
                     with open(f"/proc/self/{path}", "w") as stream:
                         stream.write(text)
-    with _wall("PID namespace", _ADVICE):
+    with _layer("PID namespace", _ADVICE):
         syscalls.unshare(syscalls.CLONE_NEWPID)
 
 
@@ -105,12 +105,12 @@ def check_namespaces(outside: dict[str, int]) -> None:
     """Under bubblewrap: every namespace must differ from the owner's."""
     for file, number in namespace_ids().items():
         if number == outside[file]:
-            raise MissingWall(f"{file} namespace", "bubblewrap left this process in its owner's")
+            raise IsolationError(f"{file} namespace", "bubblewrap left this process in its owner's")
 
 
 def empty_root() -> None:
     """Replaces the file system by an empty, read-only one. Everything needed later must be imported and open."""
-    with _wall("mount namespace", _ADVICE):
+    with _layer("mount namespace", _ADVICE):
         flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
         syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
         syscalls.mount("tmpfs", "/proc", "tmpfs", flags, "size=4k,nr_inodes=2,mode=755")
@@ -130,8 +130,8 @@ _FORBIDDEN = (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_MEMLO
 
 
 def rlimits(limits: Limits, interpreter_bytes: int) -> None:
-    """Soft = hard, so nothing can be raised again. A hard limit below what the job was promised is a missing wall:
-    the candidate would fail for our reasons."""
+    """Soft = hard, so nothing can be raised again. A hard limit below what the job was promised raises
+    `IsolationError`: the candidate would fail for our reasons."""
     memory = interpreter_bytes + limits.memory_bytes
     for name, kind, value in (
         ("AS", resource.RLIMIT_AS, memory),
@@ -145,14 +145,14 @@ def rlimits(limits: Limits, interpreter_bytes: int) -> None:
             resource.setrlimit(kind, (value, value))
         except ValueError as error:
             found = f"the job needs {value}, the hard limit is {resource.getrlimit(kind)[1]}; raise it (ulimit)"
-            raise MissingWall(f"rlimit {name}", found) from error
+            raise IsolationError(f"rlimit {name}", found) from error
     for kind in _FORBIDDEN:
         resource.setrlimit(kind, (0, 0))
 
 
 def landlock_abi() -> int:
-    """The kernel's landlock version; raises `MissingWall` where there is none."""
-    with _wall("landlock", _LANDLOCK_ADVICE):
+    """The kernel's landlock version; raises `IsolationError` where there is none."""
+    with _layer("landlock", _LANDLOCK_ADVICE):
         return syscalls.landlock_abi()
 
 
@@ -162,7 +162,7 @@ _LANDLOCK_ADVICE = "needs Linux 5.13 with CONFIG_SECURITY_LANDLOCK and 'landlock
 def around_job(
     limits: Limits, interpreter_bytes: int, abi: int, seccomp: syscalls.Filter, own_user_namespace: bool
 ) -> None:
-    """Everything a fork of the zygote puts up before it reads its first untrusted byte.
+    """Everything a fork of the fork server puts up before it reads its first untrusted byte.
 
     Written without helpers that every job would pay for: a page that a fresh fork touches is a page to copy.
     """
@@ -180,13 +180,13 @@ def around_job(
         name, advice = "seccomp", "needs a kernel with CONFIG_SECCOMP_FILTER"
         seccomp.install()
     except (OSError, ValueError) as error:
-        raise MissingWall(name, f"{error}{'; ' + advice if advice else ''}") from error
+        raise IsolationError(name, f"{error}{'; ' + advice if advice else ''}") from error
 
 
 def check_job(abi: int, pid_namespace: bool) -> None:
-    """Called inside the first job's walls: tries what must fail; `MissingWall` names the wall that let it through."""
+    """Called in the first isolated job: tries what must fail; `IsolationError` names the layer that let it through."""
     if pid_namespace and os.getpid() != 1:
-        raise MissingWall("PID namespace", f"the job is process {os.getpid()}, expected 1")
+        raise IsolationError("PID namespace", f"the job is process {os.getpid()}, expected 1")
     attempts = {
         "seccomp": [_fork, lambda: os.kill(os.getppid(), signal.SIGTERM), lambda: os.memfd_create("x")],
         "landlock": [lambda: os.open("/", os.O_RDONLY)],
@@ -198,8 +198,8 @@ def check_job(abi: int, pid_namespace: bool) -> None:
             except OSError as error:
                 if error.errno in (errno.EPERM, errno.EACCES):
                     continue
-                raise MissingWall(name, f"expected a refusal, got {error}") from error
-            raise MissingWall(name, "an action that must be refused succeeded")
+                raise IsolationError(name, f"expected a refusal, got {error}") from error
+            raise IsolationError(name, "an action that must be refused succeeded")
 
 
 def _fork() -> None:
