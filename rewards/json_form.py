@@ -56,7 +56,7 @@ def plain(value: Any, other: Callable[[Any], Any] = as_text) -> Any:
         return sorted((plain(item, other) for item in value), key=repr)
     if type(value).__name__ in MISSING:
         return None
-    if getattr(getattr(value, "dtype", None), "kind", "") in ("M", "m"):  # NumPy's dates: as numbers they lose their unit
+    if getattr(getattr(value, "dtype", None), "kind", "") in ("M", "m"):  # NumPy's dates: lists lose their unit
         return plain(value.astype(str).tolist(), other)
     if hasattr(value, "tolist"):
         return plain(value.tolist(), other)

@@ -13,12 +13,12 @@ import importlib
 import importlib.util
 import json
 import logging
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rewards.json_form import dumps
 from rlzero.config.read import UsageError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ FILES = ("metrics.jsonl", "evals.jsonl", "samples.jsonl")
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file that a run wrote; an absent file has none, a line cut short is left out."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
     lines = [line for line in text.split("\n") if line]
@@ -163,13 +163,13 @@ def _require(tracker: str) -> None:
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(dumps(line) + "\n")
 
 
 def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    temporary.write_text("".join(dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -180,17 +180,6 @@ def _mend(path: Path) -> None:
         if data and not data.endswith(b"\n"):
             logger.warning("%s: the last line was cut short and is dropped", path)
             os.truncate(path, data.rfind(b"\n") + 1)
-
-
-def _plain(value: Any) -> Any:
-    """JSON's own types: NumPy and torch scalars as numbers, NaN and infinities as null."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if hasattr(value, "item") and not isinstance(value, str):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shorten(text: str) -> str:

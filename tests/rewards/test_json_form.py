@@ -41,7 +41,7 @@ from rewards.score import Score
         (math.inf, None),
         ("a lone \ud800 surrogate", "a lone \ud800 surrogate"),
         ({"ü": "\udfff"}, {"ü": "\udfff"}),
-        (Score(1.0, "correct", {"n": np.float32(3)}), {"value": 1.0, "verdict": "correct", "metrics": {"n": 3.0}, "detail": ""}),
+        (Score(1.0, "wrong", {"n": np.int8(3)}), {"value": 1.0, "verdict": "wrong", "metrics": {"n": 3}, "detail": ""}),
         (2**70, 2**70),
         (0.1 + 0.2, 0.1 + 0.2),
     ],
