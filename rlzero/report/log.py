@@ -2,7 +2,8 @@
 
     runs/<name>/metrics.jsonl   one object a step: step, reward_mean, length_mean, kl_reference, time_train_s, ...
     runs/<name>/evals.jsonl     one object an evaluation: step, pass_at_1, cons_at_k, n, ...
-    runs/<name>/samples.jsonl   one object a step: a question with a few of its completions and their scores
+    runs/<name>/samples.jsonl   one object a step: a question with a few of its completions and what rewards said
+    runs/<name>/eval_samples.jsonl   as many of an evaluation: the same questions every time
 
 A line is complete or absent: one that a kill cut short is dropped when the file is next read.
 """
@@ -13,21 +14,25 @@ import importlib
 import importlib.util
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from rewards.json_form import dumps
+import yaml
+
 from rlzero.config.read import UsageError
-
-if TYPE_CHECKING:
-    from rlzero.rl.groups import Group
+from rlzero.config.rl import Reward
+from rlzero.eval.evaluate import judge
+from rlzero.rl.groups import Group, weighted
 
 logger = logging.getLogger(__name__)
 
 SAMPLES_KEPT = 4  # completions of a group
+QUESTIONS_KEPT = 4  # of an evaluation
 TEXT_KEPT = 6_000  # characters of a completion, half from its start and half from its end
+REASON_KEPT = 600  # of a reward's reason and of a column
 
 
 class Tracker(Protocol):
@@ -37,7 +42,8 @@ class Tracker(Protocol):
 
 
 class RunLog:
-    """The files of one run. `tracking` names what mirrors them: tensorboard, wandb, trackio."""
+    """The files of one run. `tracking` names what mirrors them: tensorboard, wandb, trackio; they get the `config`, the
+    run's own as plain values, too."""
 
     def __init__(self, run_dir: Path, tracking: Sequence[str] = (), config: dict[str, Any] | None = None):
         self.dir = Path(run_dir)
@@ -60,17 +66,18 @@ class RunLog:
         self._mirror(line, prefix="")
 
     def evaluation(self, line: dict[str, Any]) -> None:
+        """Appends the figures of an evaluation before step `line["step"]`."""
         _append(self.dir / "evals.jsonl", line)
         self._mirror(line, prefix="evaluation/")
 
-    def samples(self, step: int, group: Group) -> None:
-        """Appends a question and the first of its completions."""
-        completions = []
-        for rollout, scores in list(zip(group.rollouts, group.scores, strict=True))[:SAMPLES_KEPT]:
-            verdicts = [None if s is None else {"value": s.value, "verdict": s.verdict} for s in scores]
-            completions.append({"text": _shorten(rollout.text), "tokens": len(rollout.tokens), "scores": verdicts})
-        question = group.prompt.row.get("prompt") or group.prompt.text
-        _append(self.dir / "samples.jsonl", {"step": step, "prompt": question, "completions": completions})
+    def samples(self, step: int, group: Group, rewards: Sequence[Reward]) -> None:
+        """Appends a question of a step, the first of its completions, and what every reward said of them."""
+        _append(self.dir / "samples.jsonl", {"step": step, **sample_of(group, rewards)})
+
+    def evaluation_samples(self, step: int, groups: Sequence[Group], rewards: Sequence[Reward]) -> None:
+        """Appends the first questions of an evaluation in the same way."""
+        for group in groups[:QUESTIONS_KEPT]:
+            _append(self.dir / "eval_samples.jsonl", {"step": step, **sample_of(group, rewards)})
 
     def rewind(self, step: int, evaluations: bool = True) -> None:
         """Takes out what was written for steps that the run, resumed at `step`, will do again. The evaluation of the
@@ -81,7 +88,7 @@ class RunLog:
             kept = [
                 line
                 for line in lines
-                if line["step"] < step or (evaluations and name == "evals.jsonl" and line["step"] == step)
+                if line["step"] < step or (evaluations and name in OF_EVALUATIONS and line["step"] == step)
             ]
             if len(kept) < len(lines):
                 _rewrite(path, kept)
@@ -102,20 +109,21 @@ class RunLog:
     def _restart_trackers(self, purge_step: int | None) -> None:
         self.close()
         self._trackers = [
-            _TensorBoard(self.dir / "tensorboard", purge_step)
+            _TensorBoard(self.dir / "tensorboard", purge_step, self._config)
             if name == "tensorboard"
             else _Wandb(name, self.dir, self._config)
             for name in self._tracking
         ]
 
 
-FILES = ("metrics.jsonl", "evals.jsonl", "samples.jsonl")
+OF_EVALUATIONS = ("evals.jsonl", "eval_samples.jsonl")
+FILES = ("metrics.jsonl", "samples.jsonl", *OF_EVALUATIONS)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file that a run wrote; an absent file has none, a line cut short is left out."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text()
     except FileNotFoundError:
         return []
     lines = [line for line in text.split("\n") if line]
@@ -125,10 +133,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, purge_step: int | None):
+    def __init__(self, folder: Path, purge_step: int | None, config: dict[str, Any] | None):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        if config is not None:
+            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            self._writer.add_text("config", "".join(f"    {line}\n" for line in text.split("\n")))  # Markdown: as it is
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -163,13 +174,14 @@ def _require(tracker: str) -> None:
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(dumps(line) + "\n")
+    # A lone surrogate, which UTF-8 cannot hold, is written as JSON's own escape for it.
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     os.replace(temporary, path)
 
 
@@ -182,8 +194,37 @@ def _mend(path: Path) -> None:
             os.truncate(path, data.rfind(b"\n") + 1)
 
 
-def _shorten(text: str) -> str:
-    if len(text) <= TEXT_KEPT:
+def _plain(value: Any) -> Any:
+    """JSON's own types: NumPy and torch scalars as numbers, NaN and infinities as null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item") and not isinstance(value, str):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sample_of(group: Group, rewards: Sequence[Reward]) -> dict[str, Any]:
+    """A question with its row's other columns, the first of its completions, and each reward's word on them."""
+    completions = []
+    for rollout, scores in list(zip(group.rollouts, group.scores, strict=True))[:SAMPLES_KEPT]:
+        decides = judge(scores, rewards)
+        said = [
+            {"reward": r.fn, "value": s.value, "verdict": s.verdict, "detail": _shorten(s.detail, REASON_KEPT)}
+            for s, r in zip(scores, rewards, strict=True)
+            if s is not None
+        ]
+        completions.append({
+            "text": _shorten(rollout.text), "tokens": len(rollout.tokens), "finish_reason": rollout.finish_reason,
+            "verdict": decides.verdict if decides else None, "reward": weighted(scores, rewards), "scores": said,
+        })  # fmt: skip
+    row = group.prompt.row
+    columns = {name: _shorten(str(value), REASON_KEPT) for name, value in row.items() if name != "prompt"}
+    return {"prompt": row.get("prompt") or group.prompt.text, "row": columns, "completions": completions}
+
+
+def _shorten(text: str, kept: int = TEXT_KEPT) -> str:
+    if len(text) <= kept:
         return text
-    half = TEXT_KEPT // 2
-    return f"{text[:half]}\n[... {len(text) - TEXT_KEPT} characters left out ...]\n{text[-half:]}"
+    return f"{text[: kept // 2]}\n[... {len(text) - kept} characters left out ...]\n{text[-kept // 2 :]}"

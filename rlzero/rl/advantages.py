@@ -67,7 +67,7 @@ ADVANTAGES: dict[str, Callable[[Rewards, Mask | None], Rewards]] = {
 # --- which groups and samples take part ------------------------------------------------------------------------------
 
 
-def degenerate(rewards: Rewards, mask: Mask | None = None) -> Bool[np.ndarray, " groups"]:
+def zero_variance(rewards: Rewards, mask: Mask | None = None) -> Bool[np.ndarray, " groups"]:
     """Groups that teach nothing, as all rewards that count are equal (all right, all wrong) or fewer than two count.
     Dynamic sampling replaces them (DAPO, arXiv 2503.14476, eq. 11)."""
     values, mask = _masked(rewards, mask)

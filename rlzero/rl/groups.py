@@ -64,7 +64,7 @@ def grade(groups: list[Group], specs: tuple[Reward, ...], algorithm: Algorithm, 
     raw = np.stack([group.rewards(specs) for group in groups])  # [groups, samples]
     valid = ~np.isnan(raw)
     rewards = np.where(valid, raw, 0.0)
-    degenerate = advantages.degenerate(rewards, valid)
+    degenerate = advantages.zero_variance(rewards, valid)
     buffer_tokens, penalty = algorithm.overlong
     if buffer_tokens:
         lengths = np.array([[len(r.tokens) for r in group.rollouts] for group in groups])

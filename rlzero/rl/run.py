@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rewards.workers.runner import RewardRunner
 from rlzero.cluster.engines import Fleet
 from rlzero.cluster.placement import engine_gpus, on_gpus
@@ -25,7 +27,7 @@ from rlzero.eval import evaluate
 from rlzero.plan import of_run as plan
 from rlzero.report.log import RunLog
 from rlzero.rl.groups import Graded, Group
-from rlzero.rl.metrics import Written, lag
+from rlzero.rl.metrics import RolloutStats, staleness
 from rlzero.rl.rollouts import Writer
 from rollout import probe
 from rollout.engine import Sampling
@@ -61,13 +63,13 @@ class Run:
         self.held_out = load_prompts(config, self.tokenizer, "evaluation") if config.data.evaluation else None
         self.probe = probe.probe_sequences(len(self.tokenizer), without=self.tokenizer.all_special_ids)
         self.start_from = checkpoint.latest(checkpoints(self.dir)) if resume else None
-        self.log = RunLog(self.dir, config.tracking)
+        self.log = RunLog(self.dir, config.tracking, yaml.safe_load(config.resolved_yaml()))
         self.writer: Writer | None = None
         self._evaluated = -1  # the last step before which an evaluation was, if it was due
         self._published = asyncio.Condition()  # a version, or an evaluation
         self._writing: asyncio.Task | None = None  # collects the groups of coming steps
         self._taken_from: deque[tuple[int, dict]] = deque(maxlen=config.staleness + 2)  # data position before a step
-        self._written: dict[int, Written] = {}
+        self._written: dict[int, RolloutStats] = {}
         self._step_metrics: dict[str, float] = {}
         self._step_began_s = time.monotonic()
 
@@ -255,20 +257,20 @@ class Run:
             self._step_metrics[name] = self._step_metrics.get(name, 0.0) + time.monotonic() - start_s
 
     def count(self, step: int, graded: Graded) -> None:
-        """What came of one wave of writing, before degenerate groups are dropped."""
-        written = self._written.setdefault(step, Written())
-        written.waves.append(graded)
-        written.carried = len(self.writer.carried)
+        """What came of one sampling round, before zero-variance groups are dropped."""
+        written = self._written.setdefault(step, RolloutStats())
+        written.rounds.append(graded)
+        written.partial = len(self.writer.carried)
 
     def record(self, step: int, graded: Graded, metrics: dict[str, float]) -> None:
         """Writes the step's line of metrics and, now and then, what the policy wrote."""
         line = {"step": step, **self._written.pop(step).metrics(self.config.rewards), **metrics}
-        line |= lag(graded.groups, trained_version=step) | self.fleet.shares()
+        line |= staleness(graded.groups, trained_version=step) | self.fleet.shares()
         line |= self._step_metrics | {"worker_restarts": self.fleet.restarts, "policy_version": self.version}
         line["time_step_s"] = time.monotonic() - self._step_began_s
         self._step_metrics, self._step_began_s = {}, time.monotonic()
         self.log.metrics(line)
-        self.log.samples(step, graded.groups[0])
+        self.log.samples(step, graded.groups[0], self.config.rewards)
         self.watch("step", line)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
@@ -289,6 +291,7 @@ class Run:
         groups = await self.writer.all(evaluate.tag(step), questions, samples, evaluate.sampling(self.config))
         result = evaluate.summarise(groups, self.config.rewards)
         self.log.evaluation({"step": step, **result, "time_s": time.monotonic() - began_s})
+        self.log.evaluation_samples(step, groups, self.config.rewards)
         self.watch("evaluation", {"step": step, **result})
         self._step_began_s = time.monotonic()
 

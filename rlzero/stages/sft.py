@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlzero.config.read import UsageError
 from rlzero.config.sft import SftConfig
 from rlzero.data.examples import Examples, Progress, load_examples, load_sft_tokenizer
@@ -177,7 +179,7 @@ class SftRun:
         config = self.config
         self.tokenizer = prepared.tokenizer
         self.dir = config.run_dir
-        self.log = RunLog(self.dir, config.tracking) if rank == 0 else None
+        self.log = RunLog(self.dir, config.tracking, yaml.safe_load(config.resolved_yaml())) if rank == 0 else None
         self.step = 0  # the next one
         self.stopping = False
         held_out = prepared.held_out

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from rlzero.rl.advantages import (
     ADVANTAGES,
     EPSILON,
-    degenerate,
     dr_grpo,
     grpo,
     overlong_penalty,
     reinforce_pp,
     rloo,
+    zero_variance,
 )
 
 BOUND = 1e-12
@@ -114,19 +114,19 @@ def test_a_flat_array_is_refused():
         dr_grpo(np.zeros(4))
 
 
-def test_degenerate_groups_are_those_without_a_difference_that_counts():
+def test_zero_variance_groups_are_those_without_a_difference_that_counts():
     nan = np.nan
     rewards = np.array([[1, 1, 1], [0, 0, 0], [0, 1, 0], [1, 1, 0], [1, nan, nan], [nan, nan, nan], [1, nan, 0]])
     mask = ~np.isnan(rewards)
     mask[3] = [True, True, False]  # the one that differs does not count
-    assert degenerate(rewards, mask).tolist() == [True, True, False, True, True, True, False]
+    assert zero_variance(rewards, mask).tolist() == [True, True, False, True, True, True, False]
 
 
-def test_degenerate_groups_are_exactly_those_with_zero_grpo_advantages():
+def test_zero_variance_groups_are_exactly_those_with_zero_grpo_advantages():
     rng = np.random.default_rng(0)
     rewards = rng.integers(0, 2, (200, 4)).astype(float)
     mask = rng.random((200, 4)) < 0.7
-    assert (degenerate(rewards, mask) == (grpo(rewards, mask) == 0).all(axis=1)).all()
+    assert (zero_variance(rewards, mask) == (grpo(rewards, mask) == 0).all(axis=1)).all()
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.25])

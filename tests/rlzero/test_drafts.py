@@ -11,7 +11,7 @@ from rlzero.cluster.actors import TrainerActor
 from rlzero.config.rl import Config, Reward
 from rlzero.report.log import read_lines
 from rlzero.rl.groups import Graded, Group
-from rlzero.rl.metrics import Written
+from rlzero.rl.metrics import RolloutStats
 from rollout.engine import Prompt, Rollout
 from rollout.transport.disk import DiskTransport
 from trainer.optimizer import OptimizerOptions
@@ -29,7 +29,7 @@ def metrics(*drafts: tuple[int, int, int]) -> dict[str, float]:
     rollouts = [Rollout("p", i, (1,), [2], [-1.0], [(0, 1)], "stop", "", drafts=d) for i, d in enumerate(drafts)]
     group = Group(Prompt("p", "q", (1,)), rollouts, [[Score(1.0, "correct")] for _ in rollouts])
     ones = np.ones((1, len(rollouts)))
-    return Written([Graded([group], ones, ones > 0, ones[:, 0] > 0)]).metrics((Reward(fn="a:b"),))
+    return RolloutStats([Graded([group], ones, ones > 0, ones[:, 0] > 0)]).metrics((Reward(fn="a:b"),))
 
 
 def test_acceptance_is_over_all_drafted_tokens_of_the_step():

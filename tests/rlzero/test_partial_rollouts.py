@@ -115,18 +115,18 @@ def test_long_completions_are_not_starved(carried):
     assert max(late) <= writer.MOST_CARRIED and max(long) >= 1
 
 
-def test_metrics_tell_lag_carried_groups_and_interrupted_tokens(carried):
+def test_metrics_tell_staleness_partial_groups_and_interrupted_tokens(carried):
     lines = read_lines(carried.dir / "metrics.jsonl")
     for line in lines:
         step = line["step"]
         segments = [(step - v, n) for at, r in rollouts(carried) if at == step for v, n in r.versions]
         tokens = sum(n for _, n in segments)
-        assert line["lag_max"] == max(behind for behind, _ in segments)
-        assert line["lag_mean"] == pytest.approx(sum(behind * n for behind, n in segments) / tokens)
-        assert line["older_tokens"] == pytest.approx(sum(n for behind, n in segments if behind) / tokens)
-        assert sum(value for name, value in line.items() if name.startswith("lag/")) == pytest.approx(1)
-        assert line["carried_groups"] == 2 and line["completions"] == 6
-    assert lines[0]["lag_max"] == 0 and any(line["older_tokens"] > 0 for line in lines)
+        assert line["staleness_max"] == max(behind for behind, _ in segments)
+        assert line["staleness_mean"] == pytest.approx(sum(behind * n for behind, n in segments) / tokens)
+        assert line["off_policy_share"] == pytest.approx(sum(n for behind, n in segments if behind) / tokens)
+        assert sum(value for name, value in line.items() if name.startswith("staleness/")) == pytest.approx(1)
+        assert line["partial_groups"] == 2 and line["completions"] == 6
+    assert lines[0]["staleness_max"] == 0 and any(line["off_policy_share"] > 0 for line in lines)
     assert any(line["interrupted_tokens"] > 0 for line in lines)
 
 

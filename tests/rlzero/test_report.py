@@ -12,11 +12,11 @@ from rich.console import Console
 
 from rewards.score import Score
 from rlzero.config.read import UsageError
-from rlzero.config.rl import Config
+from rlzero.config.rl import Config, Reward
 from rlzero.report.display import Display
 from rlzero.report.html import curve_svg, summary, write_report
-from rlzero.report.log import TEXT_KEPT, RunLog, read_lines
-from rlzero.report.plots import Series, line_chart, running_mean, stacked_bars, ticks
+from rlzero.report.log import FILES, TEXT_KEPT, RunLog, read_lines
+from rlzero.report.plots import Series, line_chart, running_mean, stacked
 from rlzero.rl.groups import Group
 from rollout.engine import Prompt, Rollout
 
@@ -26,8 +26,13 @@ SVG = "{http://www.w3.org/2000/svg}"
 def group(text: str, verdict: str = "correct") -> Group:
     rollout = Rollout("p", 0, (1,), [1, 2], [0.0, 0.0], [(0, 2)], "stop", text)
     return Group(
-        Prompt("p", "template", (1,), {"prompt": "Make 8 from 3, 5."}), [rollout], [[Score(1.0, verdict), None]]
+        Prompt("p", "template", (1,), {"prompt": "Make 8 from 3, 5.", "target": 8}),
+        [rollout],
+        [[Score(0.5, "correct"), Score(1.0, verdict, detail="equals 8"), None]],
     )
+
+
+REWARDS = [Reward(fn="m:form", weight=0.1), Reward(fn="m:task"), Reward(fn="m:other", weight=9)]
 
 
 def step_line(step: int) -> dict:
@@ -44,7 +49,11 @@ def run_dir(tmp_path):
     log.evaluation({"step": 0, "pass_at_1": 0.25, "cons_at_k": 0.375, "n": 8, "prompts": 64, "time_s": 5.0})
     for step in range(6):
         log.metrics(step_line(step))
-        log.samples(step, group(f"<think>try {step}</think> <answer>3+5</answer>", "correct" if step > 3 else "wrong"))
+        text = f"<think>try {step}</think> <answer>3+5</answer>"
+        log.samples(step, group(text, "correct" if step > 3 else "wrong"), REWARDS)
+        if step == 0:
+            log.evaluation_samples(0, [group("<answer>3-5</answer>", "wrong")], REWARDS)
+    log.evaluation_samples(6, [group("<answer>5+3</answer>")], REWARDS)
     log.evaluation({"step": 6, "pass_at_1": 0.75, "cons_at_k": 0.875, "n": 8, "prompts": 64, "time_s": 6.0})
     (tmp_path / "demo" / "config.yaml").write_text("name: demo\nseed: 3\nsteps: 6\n")
     return tmp_path / "demo"
@@ -75,7 +84,7 @@ def test_a_resumed_run_takes_out_the_steps_it_does_again_and_keeps_the_evaluatio
 
 def test_a_run_that_starts_over_keeps_nothing(run_dir):
     RunLog(run_dir).rewind(0, evaluations=False)
-    assert all(read_lines(run_dir / name) == [] for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl"))
+    assert all(read_lines(run_dir / name) == [] for name in FILES)
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped_before_the_next_is_written(run_dir):
@@ -87,7 +96,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped_before_the_next_is_written(run_di
 
 
 def test_long_completions_keep_their_start_and_end(tmp_path):
-    RunLog(tmp_path).samples(0, group("start " + "x" * 20_000 + " end"))
+    RunLog(tmp_path).samples(0, group("start " + "x" * 20_000 + " end"), REWARDS)
     (text,) = (c["text"] for c in read_lines(tmp_path / "samples.jsonl")[0]["completions"])
     assert text.startswith("start ") and text.endswith(" end") and "14010 characters left out" in text
     assert len(text) < TEXT_KEPT + 100
@@ -141,10 +150,11 @@ class Page(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.tags, self.fetched, self.text = [], [], []
+        self.tags, self.attributes, self.fetched, self.text = [], [], [], []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
         self.fetched += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
 
     def handle_data(self, data):
@@ -155,13 +165,15 @@ def test_the_page_is_self_contained_and_shows_everything_asked_for(run_dir):
     page = Page()
     html = write_report(run_dir).read_text()
     page.feed(html)
-    assert page.fetched == [] and "@import" not in html and "url(" not in html and "script" not in page.tags
-    assert "prefers-color-scheme:dark" in html
+    assert page.fetched == [] and "@import" not in html and "script" not in page.tags
+    assert all(link.startswith("(#") for link in re.findall(r"url(\([^)]*\))", html))
+    assert "prefers-color-scheme:dark" in html and "default-src 'none'" in html
     assert page.tags.count("svg") == 7
     text = " ".join(page.text)
     for part in ("25.0 %", "75.0 %", "pass@1 and cons@k", "Reward", "Completion length", "KL to the reference",
-                 "Entropy", "Gap between engine and trainer", "Time of a step",
-                 "Start: step 0", "Middle: step 3", "End: step 5", "Make 8 from 3, 5."):  # fmt: skip
+                 "Entropy", "Engine against trainer", "Time of a step", "Before: step 0", "After: step 6",
+                 "Start: step 0", "Middle: step 3", "End: step 5", "Make 8 from 3, 5.", "target", "task", "equals 8",
+                 ):  # fmt: skip
         assert part in text, part
 
 
@@ -174,58 +186,93 @@ def test_a_run_on_gpus_shows_its_memory_beside_the_plan(run_dir):
 def test_a_run_without_evaluation_or_samples_still_has_a_page(tmp_path):
     RunLog(tmp_path).metrics({"step": 0, "reward_mean": 0.5})
     html = write_report(tmp_path).read_text()
-    assert "no values" in html and summary(tmp_path)["pass_at_1_before"] is None
+    assert html.count("<svg") == 1 and summary(tmp_path)["pass_at_1_before"] is None
 
 
-def test_what_a_model_wrote_cannot_become_part_of_the_page(tmp_path):
+def test_a_fine_tuning_shows_its_losses_and_no_empty_plot(tmp_path):
     log = RunLog(tmp_path)
-    log.metrics(step_line(0))
-    log.samples(0, group("<think></think><script>alert(1)</script><img src=x onerror=alert(2)>"))
+    for step in range(3):
+        line = {"loss": 2.0 - step, "grad_norm": 1.0, "lr": 1e-4, "tokens_per_s": 9.0, "time_step_s": 1}
+        log.metrics({"step": step, **line})
+    log.evaluation({"step": 0, "loss": 2.5})
+    log.evaluation({"step": 3, "loss": 0.5})
+    html = write_report(tmp_path).read_text()
+    titles = re.findall(r"<h3>(.*?)</h3>", html)
+    assert [title.split(",")[0] for title in titles] == [
+        "Held-out loss", "Loss", "Gradient norm", "Learning rate", "Tokens per second", "Time of a step",
+    ]  # fmt: skip
+    assert "Held-out loss: <b>2.5</b> before, <b>0.5</b> after" in html
+
+
+HOSTILE = "</pre></style></svg>'\"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}$x$\ud800\x00"
+
+
+def test_no_field_of_any_file_can_become_part_of_the_page(tmp_path):
+    """Strings where numbers belong, names of metrics, rewards and columns, texts, the config and its damage."""
+    folder = tmp_path / "run"
+    log = RunLog(folder)
+    log.samples(0, group(HOSTILE), REWARDS)
+    score = {"reward": HOSTILE, "value": HOSTILE, "verdict": HOSTILE, "detail": HOSTILE}
+    completion = {"text": HOSTILE, "tokens": HOSTILE, "reward": HOSTILE, "verdict": HOSTILE, "scores": [score, 7, None]}
+    prompt = [{"role": HOSTILE}, HOSTILE]
+    question = {"step": 1, "prompt": prompt, "row": {HOSTILE: HOSTILE}, "completions": [completion]}
+    numbers = {"pass_at_1": HOSTILE, "n": HOSTILE, "gap": [HOSTILE], "huge": 10**400, "time_x_s": HOSTILE}
+    lines = {
+        "samples.jsonl": [question, {"step": 2, "completions": HOSTILE}],
+        "eval_samples.jsonl": [question],
+        "metrics.jsonl": [{"step": 0, f"reward/{HOSTILE}": 1.0, "reward/b": 0.5, **numbers}, {"step": HOSTILE}, [], 3],
+        "evals.jsonl": [{"step": 0, "pass_at_1": 0.5, HOSTILE: 1}, {"step": 1, **numbers}],
+    }
+    for name, values in lines.items():
+        with (folder / name).open("a") as file:
+            file.writelines(json.dumps(value) + "\n" for value in values)
+            file.write('{"step": 5, "cut')
+    (folder / "config.yaml").write_text("name: " + json.dumps(HOSTILE[:-2]) + "\nseed: [" + "'<script>'" + "]\n")
+    html = write_report(folder).read_text()
     page = Page()
-    page.feed(write_report(tmp_path).read_text())
-    assert "script" not in page.tags and "img" not in page.tags
-    assert "<script>alert(1)</script>" in "".join(page.text)
+    page.feed(html)
+    assert not {"script", "img", "iframe", "link"} & set(page.tags)
+    assert not [name for name in page.attributes if name.startswith("on")]
+    text = "".join(page.text)
+    assert "{{ 7*7 }}" in text and "<script>alert(1)</script>" in text
+    assert "metrics.jsonl: 4 lines could not be read" in text
+    assert json.loads((folder / "summary.json").read_text())["pass_at_1_after"] is None
+
+
+@pytest.mark.parametrize("text", ["", "null", "- a", "a: [", "\xff\xfe", "name: !!python/object/apply:os.system [id]"])
+def test_a_damaged_config_leaves_the_report_whole(run_dir, text):
+    (run_dir / "config.yaml").write_bytes(text.encode("latin-1"))
+    assert "While it learned" in write_report(run_dir).read_text()
+    assert summary(run_dir)["name"] == "demo"
 
 
 # --- plots ---
 
 
-def test_a_line_goes_through_its_values():
-    xs, ys = [0, 1, 2, 3, 4], [1.0, 3.0, None, 2.0, 5.0]
-    svg = ElementTree.fromstring(line_chart("t", [Series("a", xs, ys)], y_range=(0.0, 5.0)))
-    path = next(e for e in svg.iter(f"{SVG}path") if e.get("class") == "curve s0").get("d")
-    points = [(m[0], float(m[1]), float(m[2])) for m in re.findall(r"([ML])([\d.]+) ([\d.]+)", path)]
-    assert [p[0] for p in points] == ["M", "L", "M", "L"]  # the value that is missing leaves a gap
-    # Undo the scale from two points, then compare the others.
-    (x0, y0), (x1, y1) = points[0][1:], points[3][1:]
-    value = [1.0 + (p[2] - y0) / (y1 - y0) * 4.0 for p in points]
-    step = [(p[1] - x0) / (x1 - x0) * 4 for p in points]
-    assert value == pytest.approx([1.0, 3.0, 2.0, 5.0], abs=0.02) and step == pytest.approx([0, 1, 3, 4], abs=0.02)
+def curves(svg: str) -> list[list[tuple[float, float]]]:
+    """The points of every curve that is drawn, in the SVG's coordinates, y upwards."""
+    paths = ElementTree.fromstring(svg).iter(f"{SVG}path")
+    paths = [path for path in paths if "fill: none; stroke: var(--s" in path.get("style", "")]
+    return [[(float(x), -float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path.get("d"))] for path in paths]
 
 
-def test_stacked_bars_are_as_high_as_their_sums():
-    svg = ElementTree.fromstring(stacked_bars("t", [0, 1], {"a": [1.0, 2.0], "b": [3.0, None]}))
-    bars = [[float(r.get("height")) for r in g.iter(f"{SVG}rect")] for g in svg.iter(f"{SVG}g")]
-    assert [len(bar) for bar in bars] == [2, 1]
-    assert bars[0][1] / bars[0][0] == pytest.approx(3.0, abs=0.02) and sum(bars[0]) / bars[1][0] == pytest.approx(
-        2.0, abs=0.02
-    )
+def test_a_line_goes_through_its_values_and_a_missing_one_leaves_a_gap():
+    svg = line_chart([Series("a", [0, 1, 2, 3, 4], [1.0, 3.0, None, 2.0, 5.0])])
+    (points,) = curves(svg)
+    (x0, y0), (x3, y3) = points[0], points[3]  # undo the scale from two points, then compare the others
+    assert [(x - x0) / (x3 - x0) * 4 for x, _ in points] == pytest.approx([0, 1, 3, 4], abs=0.02)
+    assert [1 + (y - y0) / (y3 - y0) * 4 for _, y in points] == pytest.approx([1.0, 3.0, 2.0, 5.0], abs=0.02)
+    assert len(re.findall("M ", next(p for p in svg.split("<path ") if "stroke: var(--s0)" in p))) == 2
 
 
-def test_many_steps_are_averaged_into_few_bars():
-    svg = ElementTree.fromstring(stacked_bars("t", list(range(1000)), {"a": [1.0] * 1000}, bins=100))
-    assert len(list(svg.iter(f"{SVG}rect"))) == 100
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.0, 0.00012), (-3.0, 17.0), (0.0, 4321.0), (1.0, 1.0)])
-def test_ticks_are_round_and_inside(low, high):
-    found = ticks(low, high)
-    assert 1 <= len(found) <= 8 and all(low <= t <= high for t in found)
-    if len(found) > 1:
-        step = found[1] - found[0]
-        assert float(f"{step:.0e}".split("e")[0]) in (1, 2, 5) or step / 10 ** math.floor(
-            math.log10(step)
-        ) == pytest.approx(2.5)
+def test_stacked_parts_are_as_high_as_their_sums():
+    svg = ElementTree.fromstring(stacked([0, 1], {"a": [1.0, 2.0], "b": [3.0, None]}))
+    filled = [e.get("d") for e in svg.iter(f"{SVG}path") if e.get("style", "").startswith("fill: var(--s")]
+    heights = [sorted({float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", d)}) for d in filled]
+    (top_1, low, base), (high, top_2, *_) = heights[0], heights[1]
+    assert (base - low) * 2 == pytest.approx(base - top_1, abs=0.02)  # a: 1, then 2
+    assert base - high == pytest.approx(4 * (base - low), abs=0.02)  # a and b: 4
+    assert top_2 == pytest.approx(top_1, abs=0.02)  # b is missing: what is there of it is flat
 
 
 def test_the_running_mean_is_centred_and_leaves_gaps():
@@ -236,8 +283,9 @@ def test_the_readme_curve_is_one_well_formed_picture(run_dir, tmp_path):
     path = curve_svg(run_dir, tmp_path / "docs" / "curve.svg")
     svg = ElementTree.parse(path).getroot()
     text = "".join(svg.itertext())
-    assert "pass@1" in text and "countdown_reward" in text and "mean reward" not in text
-    assert len([e for e in svg.iter(f"{SVG}circle")]) == 4  # two evaluations of two figures
+    assert "pass@1" in text and "countdown_reward" in text and "reward_mean" not in text
+    marks = [e for e in svg.iter(f"{SVG}use") if "fill: var(--s" in e.get("style", "")]
+    assert len(marks) == 6  # two of each figure, and one in its legend
 
 
 # --- the display ---
