@@ -85,8 +85,8 @@ def _check_language(language: str) -> None:
 
 @dataclass(frozen=True)
 class CallTests:
-    """Calls `entry` with each of `inputs` (arguments, keywords) and compares with `expected` by exact type and value.
-    `lists` reads tuples as lists, for expected values that were written in JSON."""
+    """Calls `entry` with each of `inputs` (arguments, keywords) and compares with `expected` by kind and value, see
+    `compare.same_value`. `lists`: the expected values were written in JSON, where tuples are lists and 2.0 may be 2."""
 
     entry: str
     inputs: list[tuple[tuple, dict]]
@@ -119,9 +119,11 @@ Tests = CallTests | ProgramTests | AssertTests
 
 def parse_tests(tests: object, entry_point: str | None = None, setup: str = "", prepare: str = "") -> Tests:
     """The tests of a data row (a mapping, a list of assertions, a source text, or JSON of one of them) as one of the
-    three kinds. Raises `ValueError` saying what was found and what is expected."""
+    three kinds. `entry_point` names what the candidate defines, several with commas ("solve, Node"); without it these
+    are the names that nothing else defines. Raises `ValueError` saying what was found and what is expected."""
     if isinstance(tests, CallTests | ProgramTests | AssertTests):
         return tests
+    entries = tuple(name.strip() for name in (entry_point or "").split(",") if name.strip())
     if isinstance(tests, str):
         if tests.lstrip()[:1] in ("{", "["):
             try:
@@ -131,10 +133,10 @@ def parse_tests(tests: object, entry_point: str | None = None, setup: str = "", 
         if re.search(r"^def check\(", tests, re.MULTILINE):
             if not entry_point:
                 raise ValueError("tests define check(candidate): entry_point must name the candidate's function")
-            return AssertTests([f"{tests}\n\ncheck({entry_point})\n"], (entry_point,), setup, prepare)
-        return AssertTests([tests], (entry_point,) if entry_point else (), setup, prepare)
+            return AssertTests([f"{tests}\n\ncheck({entries[0]})\n"], entries, setup, prepare)
+        return AssertTests([tests], entries, setup, prepare)
     if isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
-        return AssertTests(tests, (entry_point,) if entry_point else (), setup, prepare)
+        return AssertTests(tests, entries, setup, prepare)
     if isinstance(tests, dict) and set(tests) == {"stdout"}:
         return ProgramTests([""], [tests["stdout"]])
     if isinstance(tests, dict) and {"inputs", "outputs"} <= set(tests):
@@ -209,8 +211,10 @@ def _judge_answer(frame: dict, expected: object, tolerance: float | None, lists:
         actual = values.decode(frame["value"])
     except values.BadValue as error:
         return Outcome("wrong", f"unreadable answer: {error}")
-    if same_value(expected, actual, tolerance, lists):
+    if same_value(expected, actual, tolerance, lists, exact=False):
         return Outcome("correct")
+    if actual is None and expected is not None and "argument" in frame:  # it changed its argument in place
+        return _judge_answer({"value": frame["argument"]}, expected, tolerance, lists)
     return Outcome("wrong", "another value")
 
 
@@ -319,8 +323,9 @@ def code_reward(
     `timeout_s` is wall time a test, `total_s` of all tests: keep it below the timeout that a run gives this reward (5 s
     by default), so that a slow answer ends here and not with its worker. `fence=False` takes the whole completion as
     code (a base model that continues a prompt). Verdicts: `unparsed` without a code block, `timeout` when
-    the first failure is one, `error` (value NaN, reason in `detail`) when the sandbox failed. Metrics: `passed_share`,
-    `tests_run`. Raises `ValueError` for tests or options that make no sense.
+    the first failure is one, `error` (value NaN, reason in `detail`) when the sandbox failed or a test can only be
+    judged by the candidate itself. Metrics: `passed_share`, `tests_run`. Raises `ValueError` for tests or options that
+    make no sense.
     """
     _check_language(language)
     if credit not in ("all", "share"):
@@ -334,6 +339,8 @@ def code_reward(
         outcomes = check(_sandbox(isolation), code, parsed, limits=limits, credit=credit, tolerance=float_tolerance)
     except SandboxError as error:
         return Score.error(f"the sandbox could not check a completion: {error}")
+    except ValueError as error:
+        return Score.error(f"the tests cannot be judged: {error}")
     return score(outcomes, parsed, credit)
 
 

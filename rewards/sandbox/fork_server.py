@@ -62,6 +62,9 @@ def _preload(extra: list[str]) -> None:
 
         for name in extra:
             importlib.import_module(name)
+        for name in ("pytest",):  # tests of code may use its `approx` and `raises`
+            if importlib.util.find_spec(name) is not None:
+                importlib.import_module(name)
 
 
 class ForkServer:

@@ -6,8 +6,12 @@ process says is only ever a claim about what the candidate returned; the parent 
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import builtins
+import inspect
 import io
+import operator
 import os
 import sys
 import threading
@@ -18,6 +22,10 @@ from . import values
 
 PARENT, PEER = 3, 4
 CANDIDATE_ENDED = "the candidate's process ended"  # the tester's words when its line to the candidate is cut
+# Operators that a test may apply to an object of the candidate's, and those that also look at their right side.
+REFLECTED = ("add sub mul matmul truediv floordiv mod pow lshift rshift and_ or_ xor").split()
+UNARY = ["neg", "pos", "abs", "invert", "index"]
+ARITHMETIC = [*UNARY, *REFLECTED, *(f"i{name.rstrip('_')}" for name in REFLECTED), "lt", "le", "gt", "ge"]
 MAX_REQUEST_BYTES = 256 << 20  # from the trusted side: code and inputs
 
 
@@ -72,7 +80,11 @@ def _call(task: dict) -> int:
     for data in task["calls"]:
         arguments, keywords = values.decode(data)
         try:
-            answer = {"value": values.encode(function(*arguments, **keywords))}
+            value = function(*arguments, **keywords)
+            answer = {"value": values.encode(value, by_value=True)}
+            changed = next((x for x in arguments if type(x) in (list, dict, set, bytearray)), None)
+            if value is None and changed is not None:  # a function may do its work in place
+                answer["argument"] = values.encode(changed, by_value=True)
             message = values.frame(answer)
         except BaseException as error:  # noqa: BLE001
             message = values.frame({"raised": describe(error)})
@@ -112,22 +124,41 @@ class _Server:
     def __init__(self, namespace: dict) -> None:
         self.namespace = namespace
         self.objects: list[object] = []
+        self.numbers: dict[int, int] = {}  # id of an object (all are kept, so it stays its own): its handle number
 
     def keep(self, value: object) -> int:
-        self.objects.append(value)
-        return len(self.objects) - 1
+        number = self.numbers.setdefault(id(value), len(self.objects))
+        if number == len(self.objects):
+            self.objects.append(value)
+        return number
 
     def answer(self, request: list) -> dict:
-        operation, target, data = request
+        """The answer to (operation, target, arguments, by value, whether arguments that changed are wanted)."""
+        operation, target, data, by_value, wants_arguments = request
         try:
-            arguments, keywords = values.decode(data, self.objects.__getitem__)
+            arguments, keywords = values.decode(data, lambda number, plain=None: self.objects[number])
             owner = _find(self.namespace, target) if isinstance(target, str) else self.objects[target]
             if operation == "name":
                 return {"value": ["o", self.keep(owner)]}
-            result = _OPERATIONS[operation](owner, *arguments, **keywords)
-            return {"value": values.encode(result, self.keep, by_value=True)}
+            answer = {}
+            try:
+                result = _OPERATIONS[operation](owner, *arguments, **keywords)
+                if inspect.iscoroutine(result):
+                    result, answer = asyncio.run(result), {"awaitable": True}
+                answer["value"] = values.encode(result, None if operation == "plain" else self.keep, by_value)
+            except BaseException as error:  # noqa: BLE001
+                answer = self.raised(error)
+            if wants_arguments:
+                answer["arguments"] = values.encode((arguments, keywords), self.keep, by_value=True)
+            return answer
         except BaseException as error:  # noqa: BLE001
             return {"raised": describe(error)}
+
+    def raised(self, error: BaseException) -> dict:
+        """An exception by its classes, arguments and handle, from which the tester makes one of its own."""
+        classes = [f"{kind.__module__}.{kind.__qualname__}"[:200] for kind in type(error).__mro__[:20]]
+        arguments = values.encode(error.args, self.keep, by_value=True)
+        return {"raised": {**describe(error), "classes": classes, "arguments": arguments, "number": self.keep(error)}}
 
 
 def _next(iterator: object) -> object:
@@ -137,12 +168,27 @@ def _next(iterator: object) -> object:
     return ()
 
 
+def _leave(manager: object, name: str | None = None, message: str = "") -> object:
+    """Ends a `with` block of the test, in which the exception `name` was raised."""
+    error = None if name is None else getattr(builtins, name, Exception)(message)
+    return bool(manager.__exit__(error and type(error), error, None))
+
+
+def _reflected(apply: Callable) -> Callable:
+    return lambda owner, other: apply(other, owner)
+
+
 _OPERATIONS: dict[str, Callable] = {
     "call": lambda owner, *arguments, **keywords: owner(*arguments, **keywords),
     "get": getattr, "set": setattr, "iter": iter, "next": _next, "len": len, "truth": bool,
-    "item": lambda owner, key: owner[key],
-    "set_item": lambda owner, key, value: owner.__setitem__(key, value),
+    "item": operator.getitem, "set_item": operator.setitem, "del_item": operator.delitem,
     "contains": lambda owner, value: value in owner,
+    "enter": lambda owner: owner.__enter__(), "leave": _leave, "plain": lambda owner: owner,
+    "isinstance": lambda owner, kind: isinstance(owner, kind),
+    "equals_anything": lambda owner: bool(owner == object()),
+    **{name: getattr(operator, name) for name in ARITHMETIC},
+    **{f"r{name}": _reflected(getattr(operator, name)) for name in REFLECTED},
+    **{kind.__name__: kind for kind in (str, repr, int, float, complex, round, format)},
 }  # fmt: skip
 
 

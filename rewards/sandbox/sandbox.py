@@ -20,7 +20,7 @@ from typing import Literal
 from . import values
 from .exchange import START_S, Control, End, Job, SandboxError, exchange, killed_by_kernel
 from .isolation import IsolationError, Limits, namespace_ids
-from .names import lookups
+from .names import names_of
 
 Isolation = Literal["namespaces", "bubblewrap"]
 _ENVIRONMENT = {  # nothing of ours, and strings hash alike in every run
@@ -150,18 +150,17 @@ class Sandbox:
         `setup` is the task's own code (helpers, imports), run on both sides; `prepare` is test code to run before the
         tests; `entries` the names that belong to the candidate, by default those that only it can define.
         Frames: {"test": index, "passed": bool, "why": str} or {"test": index, "broken": str}. Raises `ValueError` for
-        tests that are not Python.
+        tests that are not Python or cannot be judged (`names_of`).
         """
         limits = limits or self.limits
-        looks = lookups((*tests, prepare))
+        names = names_of((*tests, prepare), tuple(entries), setup)
         with self._locked():
             ours, theirs = socket.socketpair()
             with ours, theirs:
                 serve = {"mode": "serve", "code": code, "setup": setup}
                 test = {
-                    "lookups": looks,
-                    "tests": tests[first:], "first": first, "entries": list(entries), "setup": setup,
-                    "prepare": prepare, "max_bytes": limits.output_bytes,
+                    **dataclasses.asdict(names), "tests": tests[first:], "first": first, "setup": setup,
+                    "prepare": prepare, "prepare_number": len(tests), "max_bytes": limits.output_bytes,
                 }  # fmt: skip
                 candidate = self._start(serve, limits, expected=1, peer=ours)
                 tester = self._start(test, limits, expected=len(tests) - first, peer=theirs, tester=True)

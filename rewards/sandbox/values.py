@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from decimal import Decimal
@@ -23,14 +24,18 @@ _PLAIN_INT_BITS = 8192  # longer integers travel in hexadecimal: linear to read,
 _NONE = type(None)
 _TYPES = {t.__name__: t for t in (int, float, str, bool, list, tuple, dict, set, frozenset, bytes, complex, object)}
 _SEQUENCES = {list: "l", tuple: "t", set: "s", frozenset: "fs", deque: "dq"}
+_VIEWS = {type({}.keys()): "vk", type({}.values()): "vv", type({}.items()): "vi"}
+_BASES = (bool, int, float, str, OrderedDict, Counter, dict, list, tuple, frozenset, set, deque, bytearray, bytes)
 _MAPPINGS = {dict: "d", OrderedDict: "od", Counter: "ct", defaultdict: "dd"}
 _BY_TEXT = {
     Fraction: "fr", Decimal: "dc", datetime.datetime: "dt", datetime.date: "da", datetime.time: "ti",
+    uuid.UUID: "uu",
 }  # fmt: skip
 _ISO = {"dt": datetime.datetime.fromisoformat, "da": datetime.date.fromisoformat, "ti": datetime.time.fromisoformat}
 
 Opaque = Callable[[object], int]
-Resolve = Callable[[int], object]
+Resolve = Callable[..., object]  # (number) or (number, plain value) -> what stands for the object
+_NOTHING = object()
 
 
 class BadValue(ValueError):
@@ -43,7 +48,8 @@ class Unsendable(BadValue):
 
 def encode(value: object, opaque: Opaque | None = None, by_value: bool = False, depth: int = 0) -> object:
     """The JSON form of `value`. Exact types only; `by_value` also sends a subclass instance as its built-in base, as
-    `==` in an assertion would read it. `opaque` turns any other object into a handle number; without it `BadValue`."""
+    `==` in an assertion would read it (with its handle number where there is `opaque`). `opaque` turns any other object
+    into a handle number; without it `BadValue`."""
     kind = type(value)
     if kind is str or kind is bool or value is None:
         return value
@@ -53,8 +59,8 @@ def encode(value: object, opaque: Opaque | None = None, by_value: bool = False, 
         return value if math.isfinite(value) else ["f", repr(value)]
     if depth >= MAX_DEPTH:
         raise BadValue(f"nested deeper than {MAX_DEPTH}")
-    if kind in _SEQUENCES:
-        tag = _SEQUENCES[kind]
+    if kind in _SEQUENCES or kind in _VIEWS:
+        tag = _SEQUENCES.get(kind) or _VIEWS[kind]
         if _is_flat(value):
             return [tag.upper(), list(value)]
         return [tag, *[encode(item, opaque, by_value, depth + 1) for item in value]]
@@ -76,14 +82,21 @@ def encode(value: object, opaque: Opaque | None = None, by_value: bool = False, 
         return ["td", value.days, value.seconds, value.microseconds]
     if kind is type and _TYPES.get(value.__name__) is value:
         return ["ty", value.__name__]
-    if by_value:
-        for base in (bool, int, float, str, OrderedDict, dict, list, tuple, frozenset, set, bytes):
-            if isinstance(value, base):
-                plain = base.__new__(base, value) if base not in (dict, OrderedDict, list, set) else base(value)
-                return encode(plain, opaque, by_value, depth + 1)
+    plain = _plain(value) if by_value else _NOTHING
+    if plain is not _NOTHING:
+        data = encode(plain, opaque, by_value, depth + 1)
+        return data if opaque is None else ["of", opaque(value), data]
     if opaque is None:
         raise Unsendable(f"a value of type {kind.__name__[:80]} cannot be compared")
     return ["o", opaque(value)]
+
+
+def _plain(value: object) -> object:
+    """The value of a subclass instance as its built-in base; `_NOTHING` where it has none."""
+    for base in _BASES:
+        if isinstance(value, base):
+            return base(value) if base in _MAPPINGS or base in (list, set, deque) else base.__new__(base, value)
+    return _NOTHING
 
 
 def _is_flat(items: object) -> bool:
@@ -123,20 +136,24 @@ def decode(data: object, resolve: Resolve | None = None, depth: int = 0) -> obje
             return _READ_MAPPING[tag](
                 dict(zip(keys, [decode(pair[1], resolve, depth + 1) for pair in body], strict=True))
             )
-        return _decode_scalar(tag, body, resolve)
+        return _decode_scalar(tag, body, resolve, depth)
     except BadValue:
         raise
     except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
         raise BadValue(f"tag {tag[:8]!r}: {type(error).__name__}") from error
 
 
-_READ_SEQUENCE = {tag: kind for kind, tag in _SEQUENCES.items()}
-_READ_FLAT = {tag.upper(): kind for kind, tag in _SEQUENCES.items()}
+_READ_SEQUENCE: dict[str, Callable] = {tag: kind for kind, tag in _SEQUENCES.items()} | {
+    "vk": lambda items: dict.fromkeys(_collect(list, items, hashed=True)).keys(),
+    "vv": lambda items: dict(enumerate(items)).values(),
+    "vi": lambda items: dict(_collect(list, items, hashed=True)).items(),
+}
+_READ_FLAT = {tag.upper(): kind for tag, kind in _READ_SEQUENCE.items()}
 _READ_MAPPING: dict[str, Callable] = {"d": dict, "od": OrderedDict, "ct": Counter, "dd": lambda d: defaultdict(None, d)}
 
 
-def _collect(kind: type, items: list) -> object:
-    if kind in (set, frozenset):
+def _collect(kind: Callable, items: list, hashed: bool = False) -> object:
+    if hashed or kind in (set, frozenset):
         _check_hashes(items)
     return kind(items)
 
@@ -150,7 +167,7 @@ def _check_hashes(keys: list) -> None:
         raise BadValue("too many keys with one hash")
 
 
-def _decode_scalar(tag: str, body: list, resolve: Resolve | None) -> object:
+def _decode_scalar(tag: str, body: list, resolve: Resolve | None, depth: int) -> object:
     if tag == "i":
         if type(body[0]) is not str:
             raise BadValue("an integer that is not text")
@@ -178,8 +195,10 @@ def _decode_scalar(tag: str, body: list, resolve: Resolve | None) -> object:
         return number
     if tag in _ISO:
         return _ISO[tag](body[0])
-    if tag == "o" and resolve is not None and type(body[0]) is int:
-        return resolve(body[0])
+    if tag == "uu":
+        return uuid.UUID(body[0])
+    if tag in ("o", "of") and resolve is not None and type(body[0]) is int:
+        return resolve(body[0], *[decode(part, resolve, depth + 1) for part in body[1:2]])
     raise BadValue(f"unknown tag {tag[:8]!r}")
 
 

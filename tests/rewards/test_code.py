@@ -183,6 +183,15 @@ def test_trouble_of_ours_is_an_error_and_never_a_number(monkeypatch):
     assert score.verdict == "error" and math.isnan(score.value) and "bwrap" in score.detail
 
 
+def test_tests_that_only_the_candidate_could_judge_are_an_error():
+    answer = block("class P:\n    def __init__(self, x): self.x = x\n    def __eq__(self, o): return o.x == self.x")
+    score = code_reward(answer, ["assert P(1).x == 1", "assert P(1) == P(1)"])
+    assert score.verdict == "error" and math.isnan(score.value) and "own __eq__ would decide" in score.detail
+    helper = ["assert same(f(1), 2)"]
+    assert "entry_point" in code_reward(block("def f(x): return x"), helper).detail
+    assert code_reward(block("def f(x): return 2\ndef same(a, b): return a == b"), helper, "f, same").value == 1.0
+
+
 def test_a_sandbox_that_died_is_replaced():
     good = block("def add(a, b): return a + b")
     assert code_reward(good, ADD).verdict == "correct"

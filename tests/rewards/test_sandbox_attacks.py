@@ -32,7 +32,14 @@ def test_no_attack_succeeds():
 @pytest.mark.parametrize("kind", TESTS)
 def test_the_honest_answer_is_paid(kind):
     """The tests that the attacks face can be passed."""
-    code = "def add(a, b): return a + b\nif __name__ == '__main__': print(add(*map(int, input().split())))"
+    code = (
+        "def add(a, b): return a + b\nif __name__ == '__main__': print(add(*map(int, input().split())))\n"
+        "class Refused(Exception): pass\nclass Account:\n    def __init__(self, balance): self.balance = balance\n"
+        "    def deposit(self, more):\n        if more < 0: raise Refused('negative')\n"
+        "        self.balance += more\n        return self\n"
+        "    def __add__(self, other): return Account(self.balance + other.balance)\n"
+        "    def __enter__(self): return self\n    def __exit__(self, *args): pass"
+    )
     with Sandbox() as sandbox:
         assert {outcome.verdict for outcome in check(sandbox, code, TESTS[kind], limits=Limits())} == {"correct"}
 

@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["call", "assert", "program"]
+Kind = Literal["call", "assert", "value", "object", "program"]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,22 @@ TESTS: dict[Kind, Tests] = {
         "assert sorted([add(2, 2), 1]) == [1, 4] and len([add(0, 1)]) == 1 and add(8, 8) != 17\n"
         "assert isinstance(add(1, 1), int) and not add(0, 0)"
     ]),
+    "value": AssertTests([
+        "import math, pytest\nassert add(1, 2) == pytest.approx(3) and math.isclose(add(40, 5), 45)",
+        "assert 4 in add([1], [4]) and 9 not in add([1], [4])",
+        "assert add('ab', 'c').startswith('ab') and add('a', 'b').isalpha() and not add('1', '2').isalpha()",
+        "xs = [3, 1]\nassert add(xs, [2]) == xs + [2]\nr = add(xs, [])\nassert sorted(r) == sorted(xs)",
+        "parts = add([2], [3, 5])\nassert sum(parts) == 10\nassert all(p in (2, 3, 5) for p in parts)",
+        "import pytest\nwith pytest.raises(TypeError):\n    add(1, 'a')\nassert add(1, 1) == 2",
+        "def close(got, want):\n    return abs(got - want) < 1e-6\nassert close(add(1, 2), 3)",
+    ]),
+    "object": AssertTests([
+        "a = Account(5)\na.deposit(2)\nassert a.balance == 7 and abs(a.balance - 7) < 1e-9 and 7 == a.balance",
+        "with Account(1) as a:\n    assert a.deposit(3).balance == 4",
+        "a = Account(1)\ntry:\n    a.deposit(-1)\nexcept Refused as e:\n    assert 'negative' in str(e)\nelse:\n"
+        "    assert False\nassert a.balance == 1",
+        "total = Account(1) + Account(2)\nassert total.balance == 3 and isinstance(total, Account)",
+    ]),
     "program": ProgramTests(["1 2\n", "40 5\n"], ["3\n", "45\n"]),
 }  # fmt: skip
 

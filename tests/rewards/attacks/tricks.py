@@ -72,6 +72,94 @@ ATTACKS.trick("every candidate at once", "call assert", "def add(a, b): return s
 ATTACKS.trick("right value, wrong type", "call", "def add(a, b): return float(a + b)", naive=True)
 ATTACKS.trick("bool for int", "call", "def add(a, b): return {3: 3, 45: 45, 0: False}[a + b]", naive=True)
 
+# -- what tests do with values besides comparing them with `==` --------------------------------------------------------
+_YES = """
+class E:
+    def __init__(self, *a): pass
+    def yes(self, *a, **k): return True
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __bool__ = yes
+    startswith = endswith = issubset = issuperset = isdisjoint = isalpha = isdigit = yes
+    def zero(self, *a): return 0
+    __sub__ = __rsub__ = __abs__ = __add__ = __radd__ = __mod__ = __xor__ = zero
+    def __hash__(self): return 3
+    def __float__(self): return 3.0
+    def __int__(self): return 3
+    __index__ = __trunc__ = __round__ = __int__
+    def __len__(self): return 2
+    def __iter__(self): return iter(())
+    def __getitem__(self, key): return E()
+    def __getattr__(self, name): return E()
+    def __call__(self, *a, **k): return E()
+    def __str__(self): return "3"
+    def __enter__(self): return self
+    def __exit__(self, *a): return True
+    def __instancecheck__(self, x): return True
+    __repr__ = __format__ = lambda self, *a: "3"
+"""
+_SAYS = _YES + "\ndef add(a, b): return E()\nAccount = E"
+ATTACKS.trick("says yes to every question", "call assert value object", _SAYS)
+ATTACKS.trick("its class is int", "call assert value", _YES + "\n    __class__ = int\ndef add(a, b): return E()")
+ATTACKS.trick(
+    "helpers that tests forgot to define",
+    "assert value",
+    """
+    def approx(*a): return add(0)
+    def close(*a): return True
+    isclose = fabs = close
+    def add(a, b=0): return 0
+""",
+)
+ATTACKS.trick(
+    "emptied arguments",
+    "value",
+    """
+    def add(a, b):
+        if isinstance(a, list): a.clear(); b.clear(); return []
+        return a + b
+""",
+)
+ATTACKS.trick(
+    "another value in every pass",
+    "value",
+    """
+    passes = iter(range(10**6))
+    class E(list):
+        def __iter__(self): return iter([10] if next(passes) % 2 == 0 else [2, 3])
+    class F:
+        __iter__ = E.__iter__
+        def __getitem__(self, i): return 3
+    def add(a, b): return F() if a == [2] else a + b
+""",
+)
+ATTACKS.trick(
+    "swallows the test's failures",
+    "object",
+    """
+    class Account:
+        balance = 0
+        def __init__(self, *a): pass
+        def deposit(self, x): return self
+        def __add__(self, other): return Account()
+        def __enter__(self): return self
+        def __exit__(self, *a): return True
+    class Refused(Exception): pass
+""",
+)
+ATTACKS.trick(
+    "exceptions that stand for others",
+    "assert value object",
+    """
+    class Refused(ImportError): pass
+    class E(Refused, AssertionError): __module__ = "builtins"
+    E.__qualname__ = "ImportError"
+    def add(a, b): raise E("negative")
+    class Account:
+        balance = 1
+        def __init__(self, *a): pass
+        def deposit(self, x): raise E("negative")
+""",
+)
+
 # -- looking for the answers -----------------------------------------------------------------------------------------
 ATTACKS.trick(
     "frame walking",
