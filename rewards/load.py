@@ -12,13 +12,17 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
-from rewards.score import Score
+from rewards.score import Score, Verdict
 
 Row = Mapping[str, Any]
+TIMEOUT_S = 5.0
+ASYNC_TIMEOUT_S = 300.0  # an async function waits for a server, which may be busy
 
 
 class RewardError(Exception):
@@ -29,18 +33,18 @@ class RewardError(Exception):
 class RewardSpec:
     """One entry of a config's `rewards` list.
 
-    `fn` is the address; `timeout_s` the seconds one completion may take (one group, for the plural form); `params` are
-    passed to the function by name and win over columns of the same name.
+    `fn` is the address; `timeout_s` the seconds one completion may take (one group, for the plural form), by default
+    the function's own (`Reward.timeout_s`); `params` are passed by name and win over columns of the same name.
     """
 
     fn: str
     weight: float = 1.0
-    timeout_s: float = 5.0
+    timeout_s: float | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, spec: RewardSpec | str | Mapping[str, Any] | Any) -> RewardSpec:
-        """A spec from an address, a mapping (`fn`, `weight`, `timeout`, `params`) or any object with such attributes.
+        """A spec from an address, a mapping (`fn`, `weight`, `timeout_s`, `params`) or any object with such attributes.
 
         Raises RewardError for unknown keys of a mapping or a timeout that is not positive.
         """
@@ -53,20 +57,21 @@ class RewardSpec:
             unknown = sorted(set(spec) - set(known))
             if unknown or "fn" not in spec:
                 raise RewardError(
-                    f"a reward needs 'fn' and may have weight, timeout and params; found {sorted(spec)}"
+                    f"a reward needs 'fn' and may have weight, timeout_s and params; found {sorted(spec)}"
                     + (f": remove or rename {unknown}" if unknown else ": add 'fn: package.module:function'")
                 )
             made = cls(**{known[name]: value for name, value in spec.items()})
         else:
             made = cls(**{to: getattr(spec, name) for name, to in known.items() if hasattr(spec, name)})
-        if not made.timeout_s > 0:
-            raise RewardError(f"{made.fn}: timeout is {made.timeout_s}; give a positive number of seconds")
+        if made.timeout_s is not None and not made.timeout_s > 0:
+            raise RewardError(f"{made.fn}: timeout_s is {made.timeout_s}; give a positive number of seconds")
         return made
 
 
 class Reward:
     """A loaded reward function. `one` scores one completion, `group` a whole group; both inject columns by name.
 
+    `timeout_s` is what a run allows it by default: the function's attribute of that name, else 5 s (async: 300 s).
     Exceptions of the function are not caught here: who runs it (rewards.workers.runner) turns them into errors.
     """
 
@@ -75,6 +80,7 @@ class Reward:
         self.function = function
         self.params = dict(params)
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+        self.timeout_s = float(getattr(function, "timeout_s", ASYNC_TIMEOUT_S if self.is_async else TIMEOUT_S))
         signature = inspect.signature(function)
         names = signature.parameters
         self.is_group = "completions" in names
@@ -152,6 +158,8 @@ class Reward:
                 "differ; a group is the samples of one prompt"
             )
         values = self._run(self.function(completions=list(completions), **arguments))
+        if hasattr(values, "tolist"):  # a NumPy array, a torch tensor
+            values = values.tolist()
         if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(completions):
             raise RewardError(
                 f"{self.address} returned {_short(values)} for a group of {len(completions)}; return a list with one "
@@ -164,29 +172,60 @@ class Reward:
 
 
 def to_score(value: Any, address: str) -> Score | None:
-    """A function's return value as a Score: above 0 is `correct`, anything else `wrong`; None stays None.
+    """A function's return value as a Score of plain numbers and texts: a number above 0 is `correct`, any other
+    `wrong`; None stays None. Scalars of NumPy and torch are numbers.
 
-    Raises RewardError for NaN, infinities and other types.
+    Raises RewardError, with `address` and what was found, for anything else, an unknown verdict included.
     """
-    if value is None or isinstance(value, Score):
-        if isinstance(value, Score) and value.verdict != "error" and not math.isfinite(value.value):
-            raise RewardError(f"{address} returned {value}; the value must be finite")
-        return value
-    if hasattr(value, "item") and not isinstance(value, (int, float)):  # numpy and torch scalars
-        value = value.item()
-    if not isinstance(value, (int, float)):
-        raise RewardError(f"{address} returned {_short(value)}; return a float, a rewards.score.Score or None")
-    if not math.isfinite(value):
-        raise RewardError(f"{address} returned {value}; a reward must be finite: return None where it does not apply")
-    return Score(float(value), "correct" if value > 0 else "wrong")
+    if value is None:
+        return None
+    if not isinstance(value, Score):
+        number = _number(value)
+        if number is None:
+            hint = "; rewards.adapters:verl calls functions that return a dict" if isinstance(value, Mapping) else ""
+            raise RewardError(f"{address} returned {_short(value)}; return a float, a Score or None{hint}")
+        if not math.isfinite(number):
+            raise RewardError(f"{address} returned {number}; a reward must be finite: None where it does not apply")
+        return Score(number, "correct" if number > 0 else "wrong")
+    number = _number(value.value)
+    if value.verdict not in get_args(Verdict):
+        raise RewardError(f"{address} returned the verdict {value.verdict!r}; expected one of {get_args(Verdict)}")
+    if value.verdict != "error" and (number is None or not math.isfinite(number)):
+        raise RewardError(f"{address} returned a Score of value {_short(value.value)}; it must be a finite number")
+    metrics = {str(name): _number(metric) for name, metric in (value.metrics or {}).items()}
+    for name, metric in metrics.items():
+        if metric is None or not math.isfinite(metric):
+            found = f"{_short(value.metrics[name])} as the metric {name!r}"
+            raise RewardError(f"{address} returned {found}; give a finite number or leave it out")
+    detail = "" if value.detail is None else str(value.detail)
+    return Score(math.nan if number is None else number, value.verdict, metrics, detail)
+
+
+def _number(value: Any) -> float | None:
+    """`value` as a float where it is one number, NumPy's and torch's included; else None."""
+    if hasattr(value, "item") and not isinstance(value, (int, float)):
+        try:
+            value = value.item()
+        except (TypeError, ValueError, RuntimeError):  # an array of several
+            return None
+    return float(value) if isinstance(value, (int, float, Decimal, Fraction)) else None
 
 
 def load_reward(address: str, params: Mapping[str, Any] | None = None) -> Reward:
     """The reward at `package.module:function` or `./file.py:function`, with `params` bound by name.
 
-    A path is relative to the current folder. Raises RewardError when the address, the module, the function or a
+    A path is relative to the current folder. A function with a true attribute `makes_reward` is called with the params
+    and returns the reward (rewards.adapters). Raises RewardError when the address, the module, the function or a
     parameter is not there; errors inside the module itself (say, its own import) come through unchanged.
     """
+    function = load_function(address)
+    if getattr(function, "makes_reward", False):
+        return Reward(address, _called(function, address, params or {}), {})
+    return Reward(address, function, params or {})
+
+
+def load_function(address: str) -> Callable[..., Any]:
+    """The function at an address; raises as `load_reward` does."""
     place, colon, name = address.rpartition(":")
     if not colon or not place or not name:
         raise RewardError(f"{address!r} is not a reward's address; write package.module:function or ./file.py:function")
@@ -198,7 +237,15 @@ def load_reward(address: str, params: Mapping[str, Any] | None = None) -> Reward
         raise RewardError(
             f"{place} has no function {name!r}; it has {functions}" + (f". Did you mean {near[0]!r}?" if near else "")
         )
-    return Reward(address, function, params or {})
+    return function
+
+
+def _called(factory: Callable[..., Callable], address: str, params: Mapping[str, Any]) -> Callable[..., Any]:
+    try:
+        inspect.signature(factory).bind(**params)
+    except TypeError as error:
+        raise RewardError(f"{address}: {error} among its params; they are {sorted(params)}") from error
+    return factory(**params)
 
 
 def _load_module(place: str) -> ModuleType:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from rewards.json_form import dumps, plain
 from rewards.load import RewardError, RewardSpec, load_reward
 from rewards.score import Score, Verdict
 from rewards.workers.runner import RewardRunner, Scores
@@ -42,8 +43,7 @@ class FileSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, NaN as null."""
-        text = json.dumps({**asdict(self), "per_second": self.completions / max(self.seconds, 1e-9)})
-        return json.loads(text, parse_constant=lambda name: None)
+        return plain({**asdict(self), "per_second": self.completions / max(self.seconds, 1e-9)})
 
     def __str__(self) -> str:
         rate = self.completions / max(self.seconds, 1e-9)
@@ -92,7 +92,7 @@ def score_file(
     start, done, waiting = time.monotonic(), 0, dict[Any, list[_Line]]()
     ready: dict[int, list[list[Score | None]]] = {}
     written = 0
-    sink: TextIO | None = open(output, "w") if output is not None else None
+    sink: TextIO | None = open(output, "w", encoding="utf-8") if output is not None else None
     try:
         with RewardRunner(specs, workers, max_error_share=1.0) as runner:
             start = time.monotonic()
@@ -117,7 +117,7 @@ def score_file(
                     progress(done, total)
                 while sink is not None and written < len(lines) and lines[written].number in ready:
                     line = lines[written]
-                    sink.write(json.dumps(_record(line, ready.pop(line.number), specs)) + "\n")
+                    sink.write(dumps(_record(line, ready.pop(line.number), specs)) + "\n")
                     written += 1
     finally:
         if sink is not None:

@@ -11,10 +11,11 @@ from typing import Any
 
 from rewards.load import Reward, RewardSpec, Row, load_reward
 from rewards.score import Score
-from rewards.workers.process import Handler, alarm_after
+from rewards.workers.process import START_TIMEOUT_S, Handler, alarm_after
 
 Request = tuple[int, int, list[str], list[Row]]  # number of the task, index of the reward, completions, a row each
-ALARM_FACTOR, ALARM_EXTRA_S = 5.0, 10.0  # the caller's deadline comes first; this one holds when the caller is gone
+# The caller's deadline comes first, also one that it moved; this one holds when the caller is gone.
+ALARM_FACTOR, ALARM_EXTRA_S = 20.0, 3 * START_TIMEOUT_S
 _DETAIL_CHARACTERS = 4_000
 
 
@@ -31,7 +32,7 @@ def make_handler(specs: tuple[RewardSpec, ...], recycle_after: int) -> Handler:
 
     A reward function may carry an attribute `warm`, a function without arguments that imports or loads what every
     worker shall find in memory; it is called here, once. The handler's attribute `about` says per reward how its
-    completions are handed out: `each`, `async` (all at once, awaited together) or `group`.
+    completions are handed out, `each`, `async` (all at once, awaited together) or `group`, and its limit in seconds.
     """
     global _in_worker
     _in_worker = True
@@ -40,17 +41,19 @@ def make_handler(specs: tuple[RewardSpec, ...], recycle_after: int) -> Handler:
         warm = getattr(reward.function, "warm", None)
         if callable(warm):
             warm()
-    return _Handler(rewards, specs, recycle_after)
+    limits = [spec.timeout_s or reward.timeout_s for reward, spec in zip(rewards, specs, strict=True)]
+    return _Handler(rewards, limits, recycle_after)
 
 
 class _Handler:
-    def __init__(self, rewards: list[Reward], specs: tuple[RewardSpec, ...], recycle_after: int) -> None:
-        self.rewards, self.specs, self.left = rewards, specs, recycle_after
-        self.about = ["group" if r.is_group else "async" if r.is_async else "each" for r in rewards]
+    def __init__(self, rewards: list[Reward], limits: list[float], recycle_after: int) -> None:
+        self.rewards, self.left = rewards, recycle_after
+        kinds = ["group" if r.is_group else "async" if r.is_async else "each" for r in rewards]
+        self.about = list(zip(kinds, limits, strict=True))
 
     def __call__(self, request: Request) -> Iterator[dict[str, Any]]:
         task, index, completions, rows = request
-        reward, limit, kind = self.rewards[index], self.specs[index].timeout_s, self.about[index]
+        reward, (kind, limit) = self.rewards[index], self.about[index]
         alarm_s = ALARM_FACTOR * limit + ALARM_EXTRA_S
         alarm_after(alarm_s)
         if kind == "each":
@@ -91,7 +94,7 @@ class _Handler:
             try:
                 return at, await asyncio.wait_for(reward.one_async(completions[at], rows[at]), limit)
             except TimeoutError:
-                return at, Score(0.0, "timeout", detail=f"not decided within {limit} s")
+                return at, Score.error(f"no answer within {limit:g} s (timeout_s); is the server there?")
             except Exception:
                 return at, Score.error(traceback.format_exc())
 

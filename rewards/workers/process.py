@@ -3,13 +3,16 @@
 Two processes stand behind one `WarmProcess`: a *fork server*, a fresh interpreter (never a fork of the caller, which
 may hold torch's threads or a GPU) that imports what the work needs and then does nothing but fork; and its *worker*,
 the fork that answers requests over two pipes. When a worker hangs, the caller kills it and the fork server forks the
-next one, with everything still imported. The caller trusts nothing that comes back: replies are lines of JSON, and a
-line that a kill cut short is dropped; requests, which only the caller writes, are pickled.
+next one, with everything still imported. Where the imports started threads (a pool of OpenMP, a GPU's), a fork would
+hang in them: each worker is then a fresh interpreter with imports of its own. The caller trusts nothing that comes
+back: replies are lines of JSON, and a line that a kill cut short is dropped; requests, which only the caller writes,
+are pickled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -30,6 +33,11 @@ _HEAD = struct.Struct("<4sQ")  # a mark, and the length of the pickle that follo
 _MARK = b"rwd1"
 MAX_REPLY_BYTES = 16 << 20
 START_TIMEOUT_S = 120.0
+_STACK_S = 0.2  # for the worker to write where it is
+# Threads of libraries do not survive a fork, and there is a worker per core: one each, whatever the caller's have.
+_ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")} | {
+    "RAYON_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
 TAKE_TIMEOUT_S = 20.0  # a worker that is up and has a core reads its request at once
 _FINISHED = 64  # exit status of a worker that asks to be replaced
 _QUICK_DEATHS = 50  # workers in a row that end by themselves at once: nothing that a new fork would mend
@@ -45,7 +53,7 @@ class WorkerGone(Exception):
 class WarmProcess:
     """A fork server and its worker, seen from the caller. Not thread-safe: one thread talks to it.
 
-    `target` is `module:factory`; `factory(*arguments)` is called once in the fork server and returns the handler of
+    `target` is `module:factory`; `factory(*arguments)` is called in the fork server and returns the handler of
     requests. `memory_bytes` caps the private memory of the worker. The first message to read is
     `{"ready": pid, "about": ...}` (the handler's attribute `about`); another one follows every time the fork server has
     forked anew and carries in `ended` how the previous worker went (a negative number: the signal that killed it).
@@ -58,16 +66,18 @@ class WarmProcess:
         self.reply, reply_write = os.pipe()
         root = str(Path(__file__).resolve().parents[2])
         paths = [path or os.getcwd() for path in sys.path]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths + [root])}
+        environment = {**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths + [root])}
         # -P: a file of the current folder that is named like a module of the library must not shadow it
         main = "from rewards.workers.process import keep; keep()"
-        command = [sys.executable, "-P", "-c", main, str(request_read), str(reply_write)]
+        self._stack = os.memfd_create("stack")
+        passed = (request_read, reply_write, self._stack)
+        command = [sys.executable, "-P", "-c", main, *map(str, passed)]
         try:
             self._fork_server = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
-                pass_fds=(request_read, reply_write),
+                pass_fds=passed,
                 env=environment,
                 start_new_session=True,
             )
@@ -147,6 +157,19 @@ class WarmProcess:
             return 0.0, "X"
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0]
 
+    def stack(self) -> str:
+        """Where the worker is, as Python prints a traceback (innermost first), also while C code holds the GIL; empty
+        when it does not answer."""
+        os.ftruncate(self._stack, 0)
+        os.lseek(self._stack, 0, os.SEEK_SET)
+        found, until = b"", time.monotonic() + _STACK_S
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.worker_pid, signal.SIGUSR1)
+        while time.monotonic() < until and not (found and found == os.pread(self._stack, 1 << 16, 0)):
+            found = os.pread(self._stack, 1 << 16, 0)
+            time.sleep(0.005)
+        return found.decode(errors="replace").partition("\n")[2]
+
     def close(self) -> None:
         """Ends worker and fork server; safe to call twice."""
         if self._request < 0:
@@ -158,6 +181,7 @@ class WarmProcess:
         _kill_group(self._fork_server.pid)
         self._fork_server.wait()
         os.close(self.reply)
+        os.close(self._stack)
 
     def _ending(self) -> str:
         try:
@@ -186,20 +210,16 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def keep() -> None:
-    """The fork server's main program: loads the handler, then forks a worker whenever there is none."""
-    request, reply = int(sys.argv[1]), int(sys.argv[2])
+    """The fork server's main program: loads the handler, then starts a worker whenever there is none."""
+    request, reply, stack = map(int, sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who then closes the pipes
     first = _read_frame(request)
     if first is None:
         return
-    try:
-        target, arguments, memory_bytes = first
-        module, _, factory = target.partition(":")
-        handler = getattr(importlib.import_module(module), factory)(*arguments)
-    except Exception:
-        with contextlib.suppress(BrokenPipeError):
-            _reply(reply, {"failed": traceback.format_exc()})
-        raise SystemExit(1) from None
+    handler = _load(first, reply)
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        print(f"the rewards' imports started {threads - 1} threads: workers start anew, not as forks", file=sys.stderr)
     ended: int | None = None
     in_a_row = 0
     while in_a_row < _QUICK_DEATHS:
@@ -207,10 +227,9 @@ def keep() -> None:
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, 0)
-            if memory_bytes is not None:
-                resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            os._exit(_serve(request, reply, handler, ended))
+            if threads > 1:
+                _start_anew(first, ended)
+            os._exit(_serve(request, reply, stack, handler, first[2], ended))
         ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         _kill_group(pid)  # what the worker had started
         if ended == _CLOSED:
@@ -219,7 +238,39 @@ def keep() -> None:
     raise SystemExit(f"the worker ended {_QUICK_DEATHS} times in a row with status {ended}, at once")
 
 
-def _serve(request: int, reply: int, handler: Handler, ended: int | None) -> int:
+def _start_anew(first: tuple, ended: int | None) -> None:
+    setup = os.memfd_create("setup", 0)
+    os.write(setup, pickle.dumps((first, ended)))
+    os.lseek(setup, 0, os.SEEK_SET)
+    main = "from rewards.workers.process import work; work()"
+    os.execv(sys.executable, [sys.executable, "-P", "-c", main, *sys.argv[1:], str(setup)])
+
+
+def work() -> None:
+    """The main program of a worker that is not a fork of the loaded handler: loads it, then answers requests."""
+    request, reply, stack, setup = map(int, sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(setup, "rb") as file:
+        first, ended = pickle.load(file)
+    os._exit(_serve(request, reply, stack, _load(first, reply), first[2], ended))
+
+
+def _load(first: tuple, reply: int) -> Handler:
+    try:
+        target, arguments, _ = first
+        module, _, factory = target.partition(":")
+        return getattr(importlib.import_module(module), factory)(*arguments)
+    except Exception:
+        with contextlib.suppress(BrokenPipeError):
+            _reply(reply, {"failed": traceback.format_exc()})
+        raise SystemExit(1) from None
+
+
+def _serve(request: int, reply: int, stack: int, handler: Handler, memory_bytes: int | None, ended: int | None) -> int:
+    if memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
     try:
         _reply(reply, {"ready": os.getpid(), "ended": ended, "about": getattr(handler, "about", None)})
         while (message := _read_frame(request)) is not None:

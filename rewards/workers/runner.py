@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -9,7 +10,7 @@ import select
 import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,12 @@ from rewards.workers.process import START_TIMEOUT_S, TAKE_TIMEOUT_S, WarmProcess
 Scores = list[list[Score | None]]  # [rewards][samples]
 CHUNK = 16  # completions a worker takes at a time: one message each way, and little to redo after a kill
 STARVED_FACTOR = 4.0  # how far a deadline moves when the worker did not get a core
+FIRST_FACTOR, FIRST_S = 12.0, 10.0  # how far, and at least how far, for a reward that has not answered at all yet
+STOPPED_S = 30.0  # of being suspended that a worker is forgiven in one completion
+MAX_TIMEOUT_SHARE = 0.5
+_TICK_S = 0.25
 _RESTARTS = 3
+_ENOUGH, _ALL_OF = 50, 8  # scores to judge a share from; scores that may stop a run when all are errors
 
 
 class RewardRunner:
@@ -30,10 +36,12 @@ class RewardRunner:
     `specs` is a list of RewardSpec, addresses or config entries. `submit` hands in a group and blocks while more than
     `max_waiting` completions wait (back-pressure); `completed` returns the groups that are done. What a worker does:
     an exception, a crash twice on the same completion, or a missing column gives the verdict `error` with the traceback
-    in `detail`; a deadline that passes gives `timeout`, value 0. A worker is replaced after `recycle_after` completions
-    and its private memory is capped at `memory_bytes`. When more than `max_error_share` of the last 200 scores are
-    errors, `completed` raises RewardError with the last traceback. Thread-safe; close it or use it in a `with`.
-    The constructor raises RewardError when a reward cannot be loaded.
+    in `detail`; a deadline that passes gives `timeout`, value 0, where the answer is to blame: the reward has answered
+    before, and its worker was running, neither suspended nor waiting for a core nor importing. Else, and for an async
+    reward, it is an `error`. A worker is replaced after `recycle_after` completions and its private memory is capped at
+    `memory_bytes`. When more than `max_error_share` of the last 200 scores are errors, or half of them deadlines that
+    passed, `completed` raises RewardError with the last cause; 1.0 turns both off. Thread-safe; close it or use it in a
+    `with`. The constructor raises RewardError when a reward cannot be loaded.
     """
 
     def __init__(
@@ -55,8 +63,10 @@ class RewardRunner:
         self._changed = threading.Condition()
         self._waiting: deque[_Task] = deque()
         self._done: deque[tuple[Any, Scores]] = deque()
-        self._recent: deque[bool] = deque(maxlen=200)
-        self._last_error = ""
+        self._recent: deque[str] = deque(maxlen=200)  # "error", "late" (a deadline held here) or ""
+        self._last = {"error": "", "late": ""}
+        self._first_s: dict[int, float] = {}  # reward: the longest time that a new worker needed for its first answer
+        self._silent: set[int] = set()  # rewards whose long first deadline passed without an answer
         self._open = self._unscored = 0  # groups, completions
         self._failure: Exception | None = None
         self._closing = False
@@ -64,7 +74,8 @@ class RewardRunner:
         os.set_blocking(self._wake_write, False)
         self._slots = [_Slot(self._new_process()) for _ in range(workers or os.cpu_count() or 1)]
         try:
-            self.kinds = [self._await_ready(slot) for slot in self._slots][0]
+            about = [self._await_ready(slot) for slot in self._slots][0]
+            self.kinds, self.limits = [kind for kind, _ in about], [limit for _, limit in about]
         except WorkerGone as error:
             for slot in self._slots:
                 slot.process.close()
@@ -143,6 +154,8 @@ class RewardRunner:
                 self._await_events()
                 for slot in self._slots:
                     self._read(slot)
+                for slot in self._slots:
+                    self._forgive_suspension(slot)
                     self._hold_deadline(slot)
         except Exception as error:
             with self._changed:
@@ -154,14 +167,18 @@ class RewardRunner:
 
     def _await_events(self) -> None:
         now = time.monotonic()
-        next_s = min((slot.deadline - now for slot in self._slots if slot.task), default=60.0)
+        next_s = max(0.0, min((min(slot.deadline - now, _TICK_S) for slot in self._slots if slot.task), default=60.0))
         handles = [self._wake_read, *(slot.process.reply for slot in self._slots)]
         poll = select.poll()  # not select(): a long run has descriptors above 1024
         for handle in handles:
             poll.register(handle, select.POLLIN)
-        for handle, _ in poll.poll(max(0.0, min(next_s, 60.0)) * 1000):
+        for handle, _ in poll.poll(next_s * 1000):
             if handle == self._wake_read:
                 os.read(self._wake_read, 4096)
+        passed_s = time.monotonic() - now
+        if passed_s > next_s + 4 * _TICK_S:  # this thread did not run either: the machine or container stood still
+            for slot in self._slots:
+                slot.deadline += passed_s
 
     def _hand_out(self) -> None:
         for slot in self._slots:
@@ -172,7 +189,7 @@ class RewardRunner:
                     return
                 task = self._waiting.popleft()
             slot.task = task
-            group, spec = task.group, self.specs[task.reward]
+            group = task.group
             request = (
                 task.number,
                 task.reward,
@@ -182,7 +199,8 @@ class RewardRunner:
             slot.deadline = time.monotonic() + TAKE_TIMEOUT_S
             slot.started = False
             # an async function keeps its own deadline per completion; this one is for when it blocks
-            slot.limit = spec.timeout_s if self.kinds[task.reward] != "async" else 1.2 * spec.timeout_s + 1
+            limit = self.limits[task.reward]
+            slot.limit = limit if self.kinds[task.reward] != "async" else 1.2 * limit + 1
             try:
                 slot.process.send(request)
             except WorkerGone as error:
@@ -197,60 +215,111 @@ class RewardRunner:
         for reply in replies:
             task = slot.task
             if "ready" in reply:
+                slot.answered = set()
                 # one that died idle, before it took its work, leaves the work in the pipe for this one
                 if task is not None and reply["ended"] is not None and slot.started:
                     slot.task = None
-                    self._lost(task, reply["ended"])
+                    self._lost(task, _ending(reply["ended"]))
             elif "started" in reply:
-                slot.start_clock(reply["cpu_s"])
+                self._start_clock(slot, reply["cpu_s"])
             elif task is not None and reply["task"] == task.number:
                 slot.failures = 0
+                if task.reward not in slot.answered:
+                    slot.answered.add(task.reward)
+                    took_s = time.monotonic() - slot.began
+                    self._first_s[task.reward] = max(took_s, self._first_s.get(task.reward, 0.0))
                 score = None if reply["score"] is None else Score(**reply["score"])
                 task.left.remove(reply["at"])
                 self._store(task, task.indices[reply["at"]], score)
                 if not task.left:
                     slot.task = None
                 elif self.kinds[task.reward] == "each":
-                    slot.start_clock(reply["cpu_s"])
+                    self._start_clock(slot, reply["cpu_s"])
                 if reply.get("replace") and slot.task is not None:
                     slot.task = None
                     self._requeue(task)
 
+    def _start_clock(self, slot: _Slot, cpu_s: float) -> None:
+        """A worker begins with a completion: sets its deadline, later where its first call may have to load things."""
+        task, extra_s = slot.task, 0.0
+        slot.started, slot.began, slot.cpu, slot.paused_s = True, time.monotonic(), cpu_s, 0.0
+        if task is None:
+            return
+        if task.reward in self._first_s:
+            extra_s = 0.0 if task.reward in slot.answered else min(1.5 * self._first_s[task.reward], START_TIMEOUT_S)
+        elif task.was_deferred():
+            extra_s = max(FIRST_FACTOR * slot.limit, FIRST_S)
+        slot.deadline = slot.began + slot.limit + extra_s
+
+    def _forgive_suspension(self, slot: _Slot) -> None:
+        """The deadline moves on while the worker is suspended, or waits for a disk."""
+        now = time.monotonic()
+        if slot.task is None or now - slot.ticked < _TICK_S:
+            return
+        passed_s, slot.ticked = min(now - slot.ticked, 2 * _TICK_S), now
+        if slot.process.cpu_seconds()[1] in "TtD" and slot.paused_s < STOPPED_S:
+            slot.paused_s += passed_s
+            slot.deadline += passed_s
+
     def _hold_deadline(self, slot: _Slot) -> None:
         if slot.task is None or time.monotonic() < slot.deadline:
             return
-        if slot.starved():
-            slot.deadline = time.monotonic() + slot.limit / 4
-            return
+        task, late_s = slot.task, time.monotonic() - slot.began
+        used, state = slot.process.cpu_seconds()
         if not slot.started:
-            self._restart(slot, WorkerGone(f"a worker did not take its work within {TAKE_TIMEOUT_S} s"))
+            if state == "R" and time.monotonic() - slot.deadline < START_TIMEOUT_S:
+                slot.deadline += TAKE_TIMEOUT_S
+            else:
+                self._restart(slot, WorkerGone(f"a worker did not take its work within {TAKE_TIMEOUT_S} s"))
             return
-        task, slot.task = slot.task, None
+        stack = slot.process.stack() if state not in "TtDX" else ""
+        excuse, most_s = "", STARVED_FACTOR * slot.limit
+        if state in "TtD":
+            excuse, most_s = f"was suspended (state {state})", STOPPED_S
+        elif state == "R" and used - slot.cpu < slot.limit / 2:
+            excuse = "hardly got a core"
+        elif "<frozen importlib._bootstrap>" in stack:
+            excuse, most_s = "was still importing", START_TIMEOUT_S
+        if excuse and late_s < most_s:
+            slot.deadline = time.monotonic() + max(slot.limit / 4, _TICK_S)
+            return
+        slot.task = None
         slot.process.kill_worker()
-        self._lost(task, -signal.SIGALRM)
+        within = f"not decided within {late_s:.1f} s (timeout_s {self.limits[task.reward]:g})"
+        where = f"; the function was at (innermost call first)\n{stack}" if stack else ""
+        if excuse:
+            self._lost(task, f"{excuse}: {within}{where}")
+        elif task.reward in self._first_s:
+            blame = Score.error if self.kinds[task.reward] == "async" else functools.partial(Score, 0.0, "timeout")
+            self._give_up(task, blame(detail=within + where))
+        elif task.reward in self._silent or task.was_deferred():
+            self._silent.add(task.reward)
+            hint = "if its first call loads something, raise timeout_s or load it in the function's attribute `warm`"
+            self._give_up(task, Score.error(f"{within}, and no other completion was before; {hint}{where}"))
+        else:
+            task.defer(self.kinds[task.reward] == "each")
+            self._requeue(task)
 
-    def _lost(self, task: _Task, ended: int) -> None:
-        """Gives the completion that a worker was on when it ended its verdict, and the rest another worker."""
-        blamed = task.left[:1] if self.kinds[task.reward] == "each" else list(task.left)
-        limit = self.specs[task.reward].timeout_s
-        if -ended in (signal.SIGALRM, signal.SIGPROF):
-            score = Score(0.0, "timeout", detail=f"not decided within its limit ({limit} s at most)")
-        elif task.attempts == 0:
+    def _lost(self, task: _Task, how: str) -> None:
+        """The completion that a worker was on when it ended is tried once more, then it is an error."""
+        if task.attempts == 0:
             task.attempts = 1
             self._requeue(task)
-            return
         else:
-            how = f"signal {signal.Signals(-ended).name}" if ended < 0 else f"status {ended}"
-            score = Score.error(f"{self.specs[task.reward].fn}: the worker process ended with {how}, twice")
-        for at in blamed:
+            self._give_up(task, Score.error(f"{self.specs[task.reward].fn}: the worker {how}, twice"))
+
+    def _give_up(self, task: _Task, score: Score) -> None:
+        """Gives what a worker was on its verdict, and the rest of the task to the next one."""
+        for at in task.left[:1] if self.kinds[task.reward] == "each" else list(task.left):
             task.left.remove(at)
-            self._store(task, task.indices[at], score)
+            self._store(task, task.indices[at], score, late=score.verdict == "timeout")
         task.attempts = 0
         self._requeue(task)
 
     def _requeue(self, task: _Task) -> None:
         if task.left:
-            again = _Task(task.group, task.reward, [task.indices[at] for at in task.left], task.attempts)
+            left = [task.indices[at] for at in task.left]
+            again = _Task(task.group, task.reward, left, task.attempts, task.deferred)
             with self._changed:
                 self._waiting.appendleft(again)
 
@@ -262,12 +331,12 @@ class RewardRunner:
             raise RewardError(f"the reward workers do not stay up: {error}") from error
         slot.process = self._new_process()
         if task is not None:
-            self._lost(task, 1)
+            self._lost(task, f"was lost ({error})")
 
     def _new_process(self) -> WarmProcess:
         return WarmProcess("rewards.workers.handler:make_handler", self._arguments, self._memory_bytes)
 
-    def _await_ready(self, slot: _Slot) -> list[str]:
+    def _await_ready(self, slot: _Slot) -> list[tuple[str, float]]:
         deadline = time.monotonic() + START_TIMEOUT_S
         while (left := deadline - time.monotonic()) > 0:
             for reply in slot.process.wait(left):
@@ -275,14 +344,15 @@ class RewardRunner:
                     return reply["about"]
         raise WorkerGone(f"a reward worker was not ready within {START_TIMEOUT_S} s")
 
-    def _store(self, task: _Task, index: int, score: Score | None) -> None:
+    def _store(self, task: _Task, index: int, score: Score | None, late: bool = False) -> None:
         group = task.group
+        bad = "error" if score is not None and score.verdict == "error" else "late" if late else ""
         group.scores[task.reward][index] = score
         with self._changed:
             self.counts["none" if score is None else score.verdict] += 1
-            self._recent.append(score is not None and score.verdict == "error")
-            if score is not None and score.verdict == "error":
-                self._last_error = score.detail
+            self._recent.append(bad)
+            if score is not None and bad:
+                self._last[bad] = f"{self.specs[task.reward].fn}: {score.detail}"
             self._unscored -= 1
             group.left -= 1
             if group.left == 0:
@@ -298,11 +368,18 @@ class RewardRunner:
             raise RewardError(f"the reward runner stopped: {self._failure}") from self._failure
         if self._closing:
             raise RewardError("the reward runner is closed")
-        errors = sum(self._recent)
-        if len(self._recent) >= 50 and errors > self._max_error_share * len(self._recent):
+        seen, count = len(self._recent), Counter(self._recent)
+        if self._max_error_share >= 1:
+            return
+        if (seen >= _ENOUGH and count["error"] > self._max_error_share * seen) or count["error"] == seen >= _ALL_OF:
             raise RewardError(
-                f"{errors} of the last {len(self._recent)} scores are errors, more than {self._max_error_share:.0%}; "
-                f"fix the reward or raise max_error_share. The last one:\n{self._last_error}"
+                f"{count['error']} of the last {seen} scores are errors, more than {self._max_error_share:.0%}; "
+                f"fix the reward or raise max_reward_error_rate. The last one:\n{self._last['error']}"
+            )
+        if seen >= _ENOUGH and count["late"] > MAX_TIMEOUT_SHARE * seen:
+            raise RewardError(
+                f"{count['late']} of the last {seen} scores are time-outs; give the reward a longer timeout_s, or mend "
+                f"what it waits for. The last one:\n{self._last['late']}"
             )
 
     def _wake(self) -> None:
@@ -327,16 +404,25 @@ class _Task:
     reward: int
     indices: list[int]  # into the group
     attempts: int = 0
+    deferred: set[int] = field(default_factory=set)  # of `indices`: timed out before their reward had ever answered
     left: list[int] = field(init=False)  # into `indices`: not answered yet
     number: int = field(default_factory=itertools.count().__next__)  # tells a reply to another task
 
     def __post_init__(self) -> None:
         self.left = list(range(len(self.indices)))
 
+    def was_deferred(self) -> bool:
+        return self.indices[self.left[0]] in self.deferred
+
+    def defer(self, one: bool) -> None:
+        """Puts the completion that the worker is on behind the others; without `one` it is on all of them."""
+        self.deferred |= {self.indices[at] for at in (self.left[:1] if one else self.left)}
+        self.left = self.left[1:] + self.left[:1]
+
 
 @dataclass
 class _Slot:
-    """A place at the table: one process and what it is doing."""
+    """One worker process and what it is doing."""
 
     process: WarmProcess
     task: _Task | None = None
@@ -344,17 +430,12 @@ class _Slot:
     limit: float = 0.0
     deadline: float = 0.0
     failures: int = 0
-    _wall: float = 0.0
-    _cpu: float = 0.0
+    answered: set[int] = field(default_factory=set)  # rewards that this worker has answered for
+    began: float = 0.0  # with the completion it is on
+    cpu: float = 0.0  # seconds it had used by then
+    paused_s: float = 0.0
+    ticked: float = 0.0  # when it was last looked at
 
-    def start_clock(self, cpu_s: float) -> None:
-        self.started, self._wall, self._cpu = True, time.monotonic(), cpu_s
-        self.deadline = self._wall + self.limit
 
-    def starved(self) -> bool:
-        """Whether the deadline passed because the worker waited for a core: runnable, and hardly any CPU used."""
-        used, state = self.process.cpu_seconds()
-        if not self.started:
-            return state == "R" and time.monotonic() - self.deadline < START_TIMEOUT_S
-        late = time.monotonic() - self._wall > STARVED_FACTOR * self.limit
-        return state == "R" and used - self._cpu < self.limit / 2 and not late
+def _ending(status: int) -> str:
+    return f"process ended with signal {signal.Signals(-status).name}" if status < 0 else f"process ended: {status}"

@@ -57,7 +57,7 @@ class Reward(_Section):
 
     fn: str
     weight: float = 1.0  # the reward of the greatest weight that applies to a row decides what counts as correct
-    timeout_s: float = Field(5.0, gt=0)
+    timeout_s: float | None = Field(None, gt=0)  # by default the function's own: 5 s, 300 s for an async one
     params: dict[str, Any] = {}
 
 

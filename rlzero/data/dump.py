@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rewards.json_form import dumps
 from rewards.score import Score
 from rlzero.config.read import UsageError
 from rlzero.config.rl import Reward
@@ -24,22 +26,35 @@ from rollout.engine import Prompt, Rollout
 KIND = "rlzero dump 1"
 
 
-def save(path: str | Path, groups: Sequence[Group], rewards: Sequence[Reward] = (), **about: Any) -> None:
-    """Writes `groups`; the `rewards` that scored them and `about` (step, policy, ...) go into the first line."""
+@contextmanager
+def writing(path: str | Path, rewards: Sequence[Reward] = (), **about: Any) -> Iterator[Callable[[Group], None]]:
+    """A function that writes one group at a time; each is in the file when it returns. The `rewards` that scored the
+    groups and `about` (step, policy, ...) go into the first line."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
+
+        def write(values: dict[str, Any]) -> None:
+            file.write(dumps(values) + "\n")
+            file.flush()
+
         weights = [{"fn": reward.fn, "weight": reward.weight} for reward in rewards]
-        file.write(json.dumps({"kind": KIND, "rewards": weights, **about}) + "\n")
+        write({"kind": KIND, "rewards": weights, **about})
+        yield lambda group: write(_to_json(group))
+
+
+def save(path: str | Path, groups: Sequence[Group], rewards: Sequence[Reward] = (), **about: Any) -> None:
+    """Writes all `groups`, see `writing`."""
+    with writing(path, rewards, **about) as write:
         for group in groups:
-            file.write(json.dumps(_to_json(group), ensure_ascii=False) + "\n")
+            write(group)
 
 
 def load(path: str | Path) -> list[Group]:
     """The groups that `save` wrote. Raises `UsageError` with file and line for anything else."""
     path = Path(path)
     try:
-        lines = path.read_text().rstrip("\n").split("\n")
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     try:
@@ -82,8 +97,8 @@ def _to_json(group: Group) -> dict[str, Any]:
             routed = np.ascontiguousarray(rollout.routed_experts, dtype=np.int16)
             fields["routed_experts"] = {"shape": routed.shape, "int16": base64.b64encode(routed.tobytes()).decode()}
         rollouts.append(fields)
-    scores = [[None if score is None else asdict(score) for score in of_sample] for of_sample in group.scores]
-    return {"prompt": asdict(group.prompt), "rollouts": rollouts, "scores": scores}
+    scores = [[None if score is None else vars(score) for score in of_sample] for of_sample in group.scores]
+    return {"prompt": vars(group.prompt), "rollouts": rollouts, "scores": scores}
 
 
 def _from_json(values: dict[str, Any]) -> Group:
@@ -100,5 +115,10 @@ def _from_json(values: dict[str, Any]) -> Group:
             Rollout(**fields, prompt_tokens=tokens, versions=versions, routed_experts=array, drafts=drafts)
         )
     prompt = values["prompt"]
-    scores = [[None if score is None else Score(**score) for score in of_sample] for of_sample in values["scores"]]
+    scores = [[_score(score) for score in of_sample] for of_sample in values["scores"]]
     return Group(Prompt(**{**prompt, "tokens": tuple(prompt["tokens"])}), rollouts, scores)
+
+
+def _score(fields: dict[str, Any] | None) -> Score | None:
+    """JSON has no NaN, which is the value of a score that is an error."""
+    return fields if fields is None else Score(**{**fields, "value": math.nan if (v := fields["value"]) is None else v})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rewards.extract import final_part
+from rewards.load import RewardError
 from rollout.engine import Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -81,8 +82,25 @@ def consensus(outcomes: Sequence[Outcome]) -> bool:
 
 
 def summarise(groups: Sequence[Group], rewards: Sequence[Reward]) -> dict[str, float]:
-    """The figures of an evaluation, from its scored groups and the config's rewards; see `figures`."""
+    """The figures of an evaluation, from its scored groups and the config's rewards; see `figures`. Raises RewardError
+    where no completion has a verdict."""
+    scores = [of_sample for group in groups for of_sample in group.scores]
+    if scores and all(is_correct(of_sample, rewards) is None for of_sample in scores):
+        raise RewardError(why_unscored(scores, rewards))
     return figures([outcomes(group, rewards) for group in groups])
+
+
+def why_unscored(scores: Sequence[Sequence[Score | None]], rewards: Sequence[Reward]) -> str:
+    """Why none of the completions [completions][rewards] has a reward: which checkers failed and how, or that none
+    applied."""
+    failed = [(r.fn, s) for row in scores for s, r in zip(row, rewards, strict=True) if s and s.verdict == "error"]
+    if not failed:
+        checkers = ", ".join(reward.fn for reward in rewards)
+        return f"no reward applied to any of {len(scores)} completions: {checkers} returned None for each"
+    times = ", ".join(f"{fn} ({count} times)" for fn, count in Counter(fn for fn, _ in failed).items())
+    fn, score = failed[0]
+    first = f"The first, of {fn}:\n{score.detail.strip()}"
+    return f"all {len(scores)} completions ended in a checker's error: {times}. {first}"
 
 
 def figures(questions: Sequence[Sequence[Outcome]]) -> dict[str, float]:

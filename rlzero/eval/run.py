@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from rewards.workers.runner import RewardRunner
@@ -24,25 +25,24 @@ def run(config: Config, output: Path | None = None, say: Callable[[str], None] =
 
     Questions, sampling and noise are those of an evaluation inside a run: of a run's checkpoint the figures are the
     ones that the run wrote. `rollout.workers` engines share the questions out, each on GPUs of its own where there are
-    any. `output` gets every completion with its scores. Raises `UsageError` and `ClusterError`.
+    any. `output` gets every completion with its scores, a question as soon as it is scored. Raises `UsageError` and
+    `ClusterError`.
     """
     prompts = list(load_prompts(config, load_tokenizer(config.policy.path), "evaluation"))
     kind, reason = engine(config)
     say(f"engine: {kind} ({reason})")
-    groups = asyncio.run(_answer(config, kind, prompts))
-    if output is not None:
-        dump.save(output, groups, config.rewards, policy=str(config.policy.path))
-    return groups
+    with nullcontext() if output is None else dump.writing(output, config.rewards, policy=config.policy.path) as write:
+        return asyncio.run(_answer(config, kind, prompts, write))
 
 
-async def _answer(config: Config, kind: str, prompts: list) -> list[Group]:
+async def _answer(config: Config, kind: str, prompts: list, write: Callable[[Group], None] | None) -> list[Group]:
     rewards = RewardRunner(
         config.rewards, workers=config.reward_workers, max_error_share=config.max_reward_error_rate
     )
     with rewards, Cluster(config, trainer=False) as cluster:
         pool = Fleet(cluster, kind, str(config.policy.path), engine_options(config, kind, {}))
         await pool.ready()
-        writer = Writer(pool, rewards)
+        writer = Writer(pool, rewards, scored=write)
         try:
             tag = evaluate.tag(_steps_of(Path(config.policy.path)))
             return await writer.all(tag, prompts, config.evaluation.samples, evaluate.sampling(config))

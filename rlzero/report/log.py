@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import json
 import logging
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from rewards.json_form import dumps
 from rlzero.config.read import UsageError
 from rlzero.config.rl import Reward
 from rlzero.eval.evaluate import judge
@@ -123,7 +123,7 @@ FILES = ("metrics.jsonl", "samples.jsonl", *OF_EVALUATIONS)
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file that a run wrote; an absent file has none, a line cut short is left out."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
     lines = [line for line in text.split("\n") if line]
@@ -174,14 +174,13 @@ def _require(tracker: str) -> None:
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
-    # A lone surrogate, which UTF-8 cannot hold, is written as JSON's own escape for it.
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(dumps(line) + "\n")
 
 
 def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    temporary.write_text("".join(dumps(line) + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -192,17 +191,6 @@ def _mend(path: Path) -> None:
         if data and not data.endswith(b"\n"):
             logger.warning("%s: the last line was cut short and is dropped", path)
             os.truncate(path, data.rfind(b"\n") + 1)
-
-
-def _plain(value: Any) -> Any:
-    """JSON's own types: NumPy and torch scalars as numbers, NaN and infinities as null."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if hasattr(value, "item") and not isinstance(value, str):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sample_of(group: Group, rewards: Sequence[Reward]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ completions of up to n further steps are written while a step trains; with 0 eve
 from __future__ import annotations
 
 from rlzero.config.rl import Config
+from rlzero.eval.evaluate import why_unscored
 from rlzero.rl.groups import Graded, grade, to_samples
 from rlzero.rl.run import Run
 from trainer.packing import Sample, pack
@@ -51,6 +52,8 @@ async def collect(run: Run, step: int) -> Graded:
         groups = await run.write(f"{step}.{wave}", missing)
         graded = grade(groups, config.rewards, config.algorithm, config.rollout.max_tokens)
         run.count(step, graded)
+        if wave == 0 and not graded.valid.any():
+            raise run.error(f"step {step}: {why_unscored([s for g in groups for s in g.scores], config.rewards)}")
         if config.algorithm.dynamic_sampling:
             graded = graded.select(~graded.degenerate)
         taken = taken + graded if taken else graded

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 
+from rewards.adapters import metric_address
 from rewards.score import Verdict
 from rlzero.config.rl import Reward
 from rlzero.eval.evaluate import judge
@@ -50,8 +52,9 @@ class RolloutStats:
         if drafted:
             values["spec_acceptance"] = accepted / drafted  # share of the drafted tokens
             values["spec_length"] = 1 + accepted / passes  # tokens that a pass with drafts wrote
-        for index, spec in enumerate(specs):
-            name = spec.fn.rpartition(":")[2]
+        names = reward_names(specs)
+        for index in range(len(specs)):
+            name = names[index]
             said = [row[index] for row in scores if row[index] is not None and row[index].verdict != "error"]
             if said:
                 values[f"reward/{name}"] = float(np.mean([score.value for score in said]))
@@ -59,6 +62,16 @@ class RolloutStats:
                 found = [score.metrics[metric] for score in said if metric in score.metrics]
                 values[f"reward/{name}/{metric}"] = float(np.mean(found))
         return values
+
+
+def reward_names(specs: Sequence[Reward]) -> list[str]:
+    """What the metrics of each reward are called: its function, with its file or module where that is not enough, and
+    with a number where two entries are the same function."""
+    places = [metric_address(spec).rpartition(":")[::2] for spec in specs]
+    short = Counter(name for _, name in places)
+    full = [f"{Path(place).name.removesuffix('.py').rpartition('.')[2]}.{name}" for place, name in places]
+    names = [own if short[own] == 1 else long for (_, own), long in zip(places, full, strict=True)]
+    return [name if names.count(name) == 1 else f"{name}_{names[: i + 1].count(name)}" for i, name in enumerate(names)]
 
 
 def staleness(groups: Sequence[Group], trained_version: int) -> dict[str, float]:

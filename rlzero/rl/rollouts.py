@@ -38,10 +38,12 @@ class OpenGroup:
 
 
 class Writer:
-    """Every group is opened once, written by one worker at a time and scored once, as soon as its last sample ends."""
+    """Every group is opened once, written by one worker at a time and scored once, as soon as its last sample ends.
+    `scored` is called with each."""
 
-    def __init__(self, fleet: Fleet, rewards: RewardRunner):
+    def __init__(self, fleet: Fleet, rewards: RewardRunner, scored: Callable[[Group], None] | None = None):
         self.fleet, self.rewards = fleet, rewards
+        self._scored = scored
         self.carried: list[OpenGroup] = []  # opened for an earlier step and not taken yet, the oldest first
         self._open: dict[str, OpenGroup] = {}
         self._unscored = 0  # groups that the checkers have
@@ -145,5 +147,7 @@ class Writer:
                 group = self._open.pop(key)
                 rollouts = [group.rollouts[s] for s in range(group.size)]
                 group.scored = Group(group.prompt, rollouts, [list(s) for s in zip(*scores, strict=True)])
+                if self._scored is not None:
+                    self._scored(group.scored)
                 self._unscored -= 1
             self._news.set()

@@ -1,8 +1,12 @@
 """Loading a reward: addresses, arguments by name, the plural and the async form, messages that say what to do."""
 
+import json
 import math
+from dataclasses import asdict
 
+import numpy as np
 import pytest
+import torch
 
 from rewards.load import RewardError, RewardSpec, load_reward, to_score
 from rewards.score import Score
@@ -116,6 +120,43 @@ def test_an_import_error_inside_the_module_comes_through(tmp_path):
 def test_a_value_that_is_no_finite_number_is_refused(value):
     with pytest.raises(RewardError):
         to_score(value, "a:b")
+
+
+def test_plain_numbers_of_numpy_and_torch_are_taken_as_numbers():
+    given = Score(np.float32(0.5), "correct", {"n": np.int64(3), "t": torch.tensor(2.0), "flag": np.bool_(True)}, None)
+    made = to_score(given, "a:b")
+    assert made == Score(0.5, "correct", {"n": 3.0, "t": 2.0, "flag": 1.0}, "")
+    assert {type(x) for x in (made.value, *made.metrics.values())} == {float} and json.dumps(asdict(made))
+    assert to_score(torch.tensor([1.5]), "a:b").value == 1.5 and to_score(np.array(2), "a:b").value == 2.0
+    assert to_score(Score(1, "correct", None), "a:b") == Score(1.0, "correct")
+
+
+def test_a_group_may_come_as_an_array(tmp_path):
+    (tmp_path / "arrays.py").write_text("import numpy as np\ndef f(completions): return np.ones(len(completions))\n")
+    assert [s.value for s in load_reward(f"{tmp_path}/arrays.py:f").group(["a", "b"], {})] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (Score(1.0, "right"), "a:b returned the verdict 'right'; expected one of .*'correct'"),
+        (Score(1.0, "correct", {"n": "many"}), "a:b returned str 'many' as the metric 'n'"),
+        (Score(1.0, "correct", {"n": np.ones(2)}), "as the metric 'n'; give a finite number"),
+        (Score(None, "wrong"), "a:b returned a Score of value NoneType None"),
+        ({"score": 1.0}, "a:b returned dict .*rewards.adapters:verl"),
+        (np.ones(2), "a:b returned ndarray"),
+    ],
+)
+def test_what_is_not_plain_is_named_with_its_function(value, message):
+    with pytest.raises(RewardError, match=message):
+        to_score(value, "a:b")
+
+
+def test_a_rewards_own_time_limit_is_its_default(tmp_path):
+    (tmp_path / "limits.py").write_text(
+        "def a(completion): return 1\nasync def b(completion): return 1\ndef c(completion): return 1\nc.timeout_s = 9\n"
+    )
+    assert [load_reward(f"{tmp_path}/limits.py:{name}").timeout_s for name in "abc"] == [5.0, 300.0, 9.0]
 
 
 def test_spec_from_a_config_entry():

@@ -1,6 +1,8 @@
 """The runner: results keyed and complete, deadlines held from outside, failures never a reward."""
 
 import math
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -64,13 +66,39 @@ def heavy(completion):
 def nap(completion):
     time.sleep(0.05)
     return 1.0
+
+def imports(completion):
+    import slow_to_import
+    return 1.0
+
+loaded = []
+def loads(completion):
+    """Loads something in the first call of a process, which is neither an import nor any answer's fault."""
+    if not loaded:
+        time.sleep(1.5)
+        loaded.append(1)
+    return mixed(completion)
 '''
+
+
+THREADS = """
+import torch
+torch.set_num_threads(4)
+torch.ones(1 << 20) @ torch.ones(1 << 20)
+
+def dot(completion):
+    if completion == "hang":
+        while True: pass
+    return float(torch.ones(1 << 20).cos().sum() > 0)
+"""
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("rewards") / "mine.py"
     path.write_text(SOURCE)
+    (path.parent / "slow_to_import.py").write_text("import time\ntime.sleep(1.5)\n")
+    (path.parent / "threads.py").write_text(THREADS)
     return str(path)
 
 
@@ -126,6 +154,95 @@ def test_a_kill_costs_little_more_than_the_deadline(file):
     assert 1.0 <= wall < 4.0
 
 
+def test_a_timeout_says_where_the_function_was(file):
+    with RewardRunner([{"fn": f"{file}:mixed", "timeout": 0.3}], workers=1) as runner:
+        (scores,) = runner.score(["fine", "hang", "sleep"], {})
+    assert verdicts(scores) == ["correct", "timeout", "timeout"]
+    assert "mine.py" in scores[1].detail and "in mixed" in scores[1].detail and "timeout_s 0.3" in scores[1].detail
+
+
+def test_an_import_inside_the_function_is_waited_for_in_every_new_worker(file):
+    with RewardRunner([{"fn": f"{file}:imports", "timeout": 0.3}], workers=1, recycle_after=2) as runner:
+        assert verdicts(runner.score(["x"] * 4, {})[0]) == ["correct"] * 4
+
+
+def test_a_first_call_that_loads_something_is_given_time(file):
+    """Also in the worker after a kill, which has to load it again: it gets what the first one needed."""
+    with RewardRunner([{"fn": f"{file}:loads", "timeout": 0.3}], workers=1) as runner:
+        assert verdicts(runner.score(["a", "b", "hang", "c"], {})[0]) == ["correct", "correct", "timeout", "correct"]
+
+
+def test_a_reward_that_never_answers_is_an_error_of_ours(file, monkeypatch):
+    monkeypatch.setattr("rewards.workers.runner.FIRST_S", 0.5)
+    with RewardRunner([{"fn": f"{file}:mixed", "timeout": 0.1}], workers=1) as runner:
+        (scores,) = runner.score(["sleep"] * 3, {})
+    assert verdicts(scores) == ["error"] * 3 and "`warm`" in scores[0].detail
+
+
+def test_threads_that_imports_started_do_not_hang_the_workers(file, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    path = Path(file).with_name("threads.py")
+    with RewardRunner([{"fn": f"{path}:dot", "timeout": 2}], workers=1) as runner:
+        assert verdicts(runner.score(["a", "hang", "b"], {})[0]) == ["correct", "timeout", "correct"]
+
+
+def test_a_suspended_worker_is_not_the_answers_fault(file):
+    with RewardRunner([{"fn": f"{file}:nap", "timeout": 0.4}], workers=1) as runner:
+        runner.score(["x"], {})
+        runner.submit("k", ["x"] * 8, {})
+        pid = runner._slots[0].process.worker_pid
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.5)
+        os.kill(pid, signal.SIGCONT)
+        ((_, (scores,)),) = runner.completed(30)
+    assert verdicts(scores) == ["correct"] * 8
+
+
+def test_a_worker_that_stays_suspended_is_replaced(file, monkeypatch):
+    monkeypatch.setattr("rewards.workers.runner.STOPPED_S", 0.5)
+    with RewardRunner([{"fn": f"{file}:nap", "timeout": 0.3}], workers=1) as runner:
+        runner.score(["x"], {})
+        runner.submit("k", ["x"] * 8, {})
+        time.sleep(0.1)  # it has begun
+        os.kill(runner._slots[0].process.worker_pid, signal.SIGSTOP)
+        ((_, (scores,)),) = runner.completed(30)
+    assert verdicts(scores) == ["correct"] * 8
+
+
+def test_a_machine_that_stood_still_costs_nobody_a_deadline(file):
+    """As when a container is frozen: the runner's own thread does not run either."""
+    root = Path(__file__).parents[2]
+    code = (
+        "import os, sys\nfrom rewards.workers.runner import RewardRunner\n"
+        f"r = RewardRunner([{{'fn': {file + ':nap'!r}, 'timeout': 1}}], workers=1)\nr.score(['x'], {{}})\n"
+        "r.submit('k', ['x'] * 30, {})\nprint(r._slots[0].process.worker_pid, flush=True)\n"
+        "print({s.verdict for s in r.completed()[0][1][0]}, flush=True); r.close()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    pids = [process.pid, int(process.stdout.readline())]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(3)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    assert process.communicate(timeout=60)[0].strip() == "{'correct'}"
+
+
+def test_a_run_stops_when_most_completions_time_out(file):
+    with RewardRunner([{"fn": f"{file}:mixed", "timeout": 0.05}], workers=2) as runner:
+        runner.submit("k", ["fine"] * 20 + ["sleep"] * 60, {})
+        with pytest.raises(RewardError, match="are time-outs; give the reward a longer timeout_s"):
+            while True:
+                runner.completed(10)
+
+
+def test_a_reward_that_always_raises_stops_a_small_run_too(file):
+    with RewardRunner([f"{file}:mixed"], workers=1) as runner:
+        runner.submit("bad", ["raise"] * 8, {})
+        with pytest.raises(RewardError, match="8 of the last 8 scores are errors"):
+            runner.completed(10)
+
+
 def test_a_worker_that_dies_once_is_replaced_and_nothing_is_lost(file, tmp_path):
     spec = {"fn": f"{file}:once", "params": {"marker": str(tmp_path / "marker")}}
     with RewardRunner([spec], workers=1) as runner:
@@ -157,7 +274,7 @@ def test_async_rewards_of_a_group_wait_together(file):
         start = time.monotonic()
         (scores,) = runner.score(["a"] * 10 + ["hang"], {})
         wall = time.monotonic() - start
-    assert verdicts(scores) == ["correct"] * 10 + ["timeout"]
+    assert verdicts(scores) == ["correct"] * 10 + ["error"]  # what a server does not answer is no answer's fault
     assert wall < 4  # ten in turn would take 3 s before the hang even begins its 2 s
 
 

@@ -6,14 +6,16 @@ import random
 
 import pytest
 
+from rewards.load import RewardError
 from rewards.score import Score
 from rlzero.config.rl import Config, Reward
 from rlzero.data import dump
 from rlzero.eval import evaluate
 from rlzero.eval import run as evaluation_run
-from rlzero.eval.evaluate import Outcome, answer_of, consensus, figures, pass_at_k
+from rlzero.eval.evaluate import Outcome, answer_of, consensus, figures, pass_at_k, summarise
 from rlzero.report.log import read_lines
 from rlzero.rl.groups import Group
+from rlzero.rl.metrics import reward_names
 from rollout.engine import Prompt, Rollout
 
 
@@ -113,3 +115,25 @@ def test_a_checkpoint_evaluated_alone_by_two_workers_has_the_figures_of_its_run(
     result = evaluate.summarise(groups, config.rewards)
     assert {name: last[name] for name in result} == result
     assert dump.load_rewards(tmp_path / "groups.jsonl")[1].weight == 0.5
+
+
+def test_without_any_verdict_the_checker_and_its_cause_are_named():
+    rollout = Rollout("p", 0, (1,), [2], [0.0], [(0, 1)], "stop", "x")
+    specs = [Reward(fn="m:form", weight=0.1), Reward(fn="m:task")]
+    group = Group(Prompt("p", "q", (1,)), [rollout] * 2, [[None, Score.error("KeyError: 'gold'")]] * 2)
+    with pytest.raises(RewardError, match=r"all 2 completions .* error: m:task \(2 times\)(.|\n)*KeyError: 'gold'"):
+        summarise([group], specs)
+    group.scores = [[None, None]] * 2
+    with pytest.raises(RewardError, match="no reward applied to any of 2 completions: m:form, m:task returned None"):
+        summarise([group], specs)
+
+
+def test_rewards_of_one_name_have_metrics_of_their_own():
+    def names(*rewards):
+        return reward_names([Reward(**({"fn": r} if isinstance(r, str) else r)) for r in rewards])
+
+    assert names("./a.py:score", "b.py:other") == ["score", "other"]
+    assert names("./a.py:score", "x/b.py:score", "rewards.math:score") == ["a.score", "b.score", "math.score"]
+    assert names("x/a.py:score", "y/a.py:score", "z:f") == ["a.score_1", "a.score_2", "f"]
+    adapted = [{"fn": "rewards.adapters:trl", "params": {"fn": f"./{place}.py:f"}} for place in "ab"]
+    assert names(*adapted) == ["a.f", "b.f"]

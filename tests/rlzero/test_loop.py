@@ -17,7 +17,7 @@ from rlzero.config.rl import Config
 from rlzero.report.log import read_lines
 from rlzero.rl import loop
 from rlzero.rl.groups import Graded, to_samples
-from rlzero.rl.run import Run
+from rlzero.rl.run import Run, RunError
 from trainer.checkpoint import checkpoint, hf
 
 pytestmark = pytest.mark.timeout(170)
@@ -195,3 +195,11 @@ def test_a_run_whose_reward_keeps_failing_stops_with_the_traceback(local_ray, wr
     assert "ArithmeticError: every completion is beyond me" in str(caught.value)
     assert "made_for_tests.py" in str(caught.value)
     assert not (tmp_path / "runs/tiny/checkpoints").exists()
+
+
+def test_a_small_run_whose_reward_always_fails_stops_with_the_traceback(local_ray, write_config, tmp_path):
+    changes = {"batch.prompts": 1, "batch.group_size": 3, "batch.minibatches": 1, "data.evaluation": None}
+    config = write_config(tmp_path, reward="broken", max_reward_error_rate=0.05, **changes, **{"evaluation.every": 0})
+    with pytest.raises(RunError, match="step 0: all 3 completions ended in a checker's error: .*broken") as caught:
+        inside(config, loop.train)
+    assert "ArithmeticError: every completion is beyond me" in str(caught.value)
