@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import http.client
 import json
 import os
-import random
 import re
 import secrets
 import sqlite3
 import threading
-import time
 import urllib.parse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rewards.extract import final_part
 from rewards.score import Score
 
+if TYPE_CHECKING:
+    from openai import OpenAI
+
 RUBRIC = "Is the answer correct, complete, helpful and clearly written?"
-_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _POINTS = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 _PREFERENCE = re.compile(r"\[\[\s*([ABC])\s*\]\]")
 
@@ -64,7 +64,8 @@ class Reply:
 
 @dataclass
 class Judge:
-    """A client for chat completions: retries with growing pauses, a cache on disk, a count of tokens and money.
+    """The `openai` client for chat completions, with a cache on disk and a count of tokens and money. It asks busy
+    endpoints again, with growing pauses.
 
     `base_url` ends in `/v1`; the key is read from the environment variable `api_key_env` when it is set. `cache` is an
     SQLite file that many processes may share. At most `parallel` requests are open at a time. Prices are per million
@@ -92,6 +93,7 @@ class Judge:
         self._lock = threading.Lock()
         self._slots = threading.Semaphore(self.parallel)
         self._memory: dict[str, str] = {}
+        self._client: OpenAI | None = None
 
     async def ask(self, messages: list[dict[str, str]], seed: int = 0, choices: list[str] | None = None) -> Reply:
         """The model's answer, with `structured` and `choices` a JSON object whose `verdict` is one of them; raises
@@ -108,8 +110,8 @@ class Judge:
             "seed": seed,
         }
         if self.structured and choices:
-            fields = {"reason": {"type": "string", "maxLength": 300}, "verdict": {"type": "string", "enum": choices}}
-            schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+            parts = {"reason": {"type": "string", "maxLength": 300}, "verdict": {"type": "string", "enum": choices}}
+            schema = {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
             body["response_format"] = {
                 "type": "json_schema",
                 "json_schema": {"name": "verdict", "schema": schema, "strict": True},
@@ -138,44 +140,27 @@ class Judge:
         return Reply(text, prompt, completion, cost)
 
     def _request(self, body: dict) -> dict:
-        last = ""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                with self._lock:
-                    self.usage.retries += 1
-                time.sleep(min(30.0, 0.5 * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0))
-            try:
-                status, headers, text = self._post(body)
-            except (OSError, http.client.HTTPException) as error:
-                last = f"{type(error).__name__}: {error}"
-                continue
-            if status == 200:
-                try:
-                    return json.loads(text)
-                except ValueError:
-                    last = f"not JSON: {text[:200]!r}"
-                    continue
-            last = f"HTTP {status}: {text[:300]!r}"
-            if status not in _RETRIED:
-                break
-            pause = headers.get("Retry-After", "")
-            if pause.isdigit() and attempt < self.retries:
-                time.sleep(min(60, int(pause)))
-        raise JudgeError(f"{self.base_url} ({self.model}) failed after {attempt + 1} attempts; the last: {last}")
+        from openai import APIConnectionError, APIStatusError, OpenAI
 
-    def _post(self, body: dict) -> tuple[int, http.client.HTTPMessage, str]:
-        parts = urllib.parse.urlsplit(self.base_url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.netloc, timeout=self.timeout_s)
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(self.api_key_env):
-            headers["Authorization"] = f"Bearer {os.environ[self.api_key_env]}"
+        with self._lock:
+            if self._client is None:
+                key = os.environ.get(self.api_key_env) or "none"
+                self._client = OpenAI(
+                    base_url=self.base_url, api_key=key, timeout=self.timeout_s, max_retries=self.retries
+                )
         try:
-            connection.request("POST", parts.path.rstrip("/") + "/chat/completions", json.dumps(body), headers)
-            response = connection.getresponse()
-            return response.status, response.headers, response.read().decode("utf-8", "replace")
-        finally:
-            connection.close()
+            response = self._client.chat.completions.with_raw_response.create(**body)
+        except (APIConnectionError, APIStatusError) as error:
+            status = f"HTTP {error.status_code}: " if isinstance(error, APIStatusError) else ""
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
+            raise JudgeError(f"{self.base_url} ({self.model}) failed: {status}{error}{cause}") from error
+        with self._lock:
+            self.usage.retries += response.retries_taken
+        try:
+            return json.loads(response.text)
+        except ValueError as error:
+            said = f"did not answer in JSON: {response.text[:200]!r}"
+            raise JudgeError(f"{self.base_url} ({self.model}) {said}") from error
 
     def _database(self) -> sqlite3.Connection:
         path = Path(str(self.cache)).expanduser()
@@ -308,19 +293,16 @@ async def _verdict(
 
 
 def _options(options: dict[str, object]) -> tuple[tuple[str, object], ...]:
-    known = {
-        "api_key_env",
-        "temperature",
-        "max_tokens",
-        "timeout_s",
-        "retries",
-        "parallel",
-        "cache",
-        "prompt_price",
-        "completion_price",
-        "structured",
-    }
+    """Those of `options` (columns of the row are among them) that are Judge's."""
+    known = {field.name for field in fields(Judge)} - {"base_url", "model", "usage"}
     return tuple(sorted((name, value) for name, value in options.items() if name in known))
+
+
+def _load_client() -> None:
+    import openai  # noqa: F401 - a second, which a worker's first judgement does not have to take
+
+
+rubric_reward.warm = pairwise_reward.warm = _load_client
 
 
 def _costs(replies: list[Reply]) -> dict[str, float]:

@@ -22,7 +22,8 @@ class Endpoint:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.seen.append((self.path, dict(self.headers), body))
+                headers = {name.title(): value for name, value in self.headers.items()}
+                outer.seen.append((self.path, headers, body))
                 status = outer.script.pop(0) if outer.script else 200
                 text = rule(body["messages"][-1]["content"], body)
                 answer = {
