@@ -35,11 +35,17 @@ class RewardSummary:
 
 @dataclass
 class FileSummary:
-    """Completions scored, seconds, and a summary per reward."""
+    """Completions scored, seconds, a summary per reward, and what may be wrong with the question."""
 
     completions: int
     seconds: float
     rewards: list[RewardSummary]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[str]:
+        """Rewards that ended in an error for every completion."""
+        return [r.fn for r in self.rewards if r.verdicts["error"] and r.verdicts["error"] == sum(r.verdicts.values())]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, NaN as null."""
@@ -62,7 +68,7 @@ class FileSummary:
                 )
             if reward.first_error:
                 lines.append("    the first error: " + reward.first_error.strip().replace("\n", "\n    "))
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def score_file(
@@ -73,19 +79,23 @@ def score_file(
     workers: int | None = None,
     completion: str = "completion",
     label: str = "label",
+    group: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FileSummary:
-    """Scores every line of a JSON-lines file and returns the summary.
+    """Scores every line of a JSON-lines file, or of a dump of `rlzero generate` or `eval`, and returns the summary.
 
     A line is an object with the column `completion` (a text, or a list of texts: the samples of one prompt, for the
-    plural form of rewards) and whatever columns the rewards ask for by name. With a column `label` (true or false, 1 or
-    0, "correct" or "wrong"; a list where the completion is one) the summary tells the confusion against it. `output`
-    gets one line per input line, in order: its number, the weighted sum, and value, verdict, metrics and detail per
-    reward. `progress(done, total)` is called now and then, in completions. Raises RewardError for an unreadable line, a
-    missing completion or an unloadable reward.
+    plural form of rewards) and whatever columns the rewards ask for by name. Lines with the same value in the column
+    `group` are the samples of one prompt, and become one line of `output` in the place of the first. With a column
+    `label` (true or false, 1 or 0, "correct" or "wrong"; a list where the completion is one) the summary tells the
+    confusion against it. `output` gets one line per input line, in order: its number, the weighted sum, and value,
+    verdict, metrics and detail per reward. `progress(done, total)` is called now and then, in completions. Raises
+    RewardError for an unreadable line, a missing completion or an unloadable reward.
     """
     specs = [RewardSpec.of(spec) for spec in rewards]
     lines = _read(Path(path), completion, label)
+    if group is not None:
+        lines = _together(lines, group, path)
     total = sum(len(line.texts) for line in lines)
     summaries = [RewardSummary(spec.fn, spec.weight) for spec in specs]
     tally = _Tally(specs, summaries, any(line.labels is not None for line in lines))
@@ -96,6 +106,7 @@ def score_file(
     try:
         with RewardRunner(specs, workers, max_error_share=1.0) as runner:
             start = time.monotonic()
+            compared = [spec.fn for spec, kind in zip(specs, runner.kinds, strict=True) if kind == "group"]
             groups = _groups(lines, 1 if "group" in runner.kinds else GROUP)
             exhausted = False
             while not exhausted or waiting:
@@ -123,7 +134,11 @@ def score_file(
         if sink is not None:
             sink.close()
     tally.finish()
-    return FileSummary(done, time.monotonic() - start, summaries)
+    notes = []
+    if compared and all(len(line.texts) == 1 for line in lines):
+        notes.append(f"{compared} take the samples of a prompt together, and every prompt here has one: a list of "
+                     "completions in a line, or --group COLUMN (group= in Python), puts them together")  # fmt: skip
+    return FileSummary(done, time.monotonic() - start, summaries, notes)
 
 
 def explain(
@@ -182,10 +197,15 @@ def _read(path: Path, completion: str, label: str) -> list[_Line]:
                 row = json.loads(text)
             except ValueError as error:
                 raise RewardError(f"{path}, line {number}: not JSON ({error})") from error
+            if isinstance(row, dict) and str(row.get("kind", "")).startswith("rlzero dump"):
+                continue
+            if isinstance(row, dict) and {"prompt", "rollouts"} <= set(row):  # a group of a dump
+                row = {**row["prompt"]["row"], completion: [rollout["text"] for rollout in row["rollouts"]]}
             if not isinstance(row, dict) or completion not in row:
                 columns = sorted(row) if isinstance(row, dict) else type(row).__name__
                 raise RewardError(
-                    f"{path}, line {number}: no column {completion!r} (found {columns}); name it with completion="
+                    f"{path}, line {number}: no column {completion!r} (found {columns}); name it with --completion "
+                    "(completion= in Python)"
                 )
             said = row.pop(completion)
             many = isinstance(said, list)
@@ -200,6 +220,20 @@ def _read(path: Path, completion: str, label: str) -> list[_Line]:
                 labels = [_label(one, path, number) for one in given]
             lines.append(_Line(number, texts, row, labels, many))
     return lines
+
+
+def _together(lines: Sequence[_Line], column: str, path: str | Path) -> list[_Line]:
+    """One line per value of `column`, with the completions of all; their other columns are those of the first."""
+    found: dict[str, _Line] = {}
+    for line in lines:
+        if column not in line.row:
+            where = f"{path}, line {line.number}"
+            raise RewardError(f"{where}: no column {column!r} to group by (found {sorted(line.row)})")
+        first = found.setdefault(json.dumps(line.row[column], sort_keys=True), line)
+        if first is not line:
+            first.texts, first.many = first.texts + line.texts, True
+            first.labels = None if first.labels is None or line.labels is None else first.labels + line.labels
+    return list(found.values())
 
 
 def _label(value: Any, path: Path, number: int) -> bool:

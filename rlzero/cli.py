@@ -113,17 +113,25 @@ def score(
     file: Annotated[Path, typer.Argument(help="JSON lines, one completion each", show_default=False)],
     reward: Annotated[
         list[str],
-        typer.Option(help="Address, package.module:function or ./file.py:function; may be given several times."),
+        typer.Option(
+            help="package.module:function, ./file.py:function, or as in a config: '{fn: ./file.py:function, timeout_s: "
+            "60, params: {limit: 3}}'; may be given several times."
+        ),
     ],
     output: Annotated[Path | None, typer.Option(help="JSON-lines file for every completion's verdicts.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; all cores if not given.")] = None,
     completion: Annotated[str, typer.Option(help="Column of the completion.")] = "completion",
     label: Annotated[str, typer.Option(help="Column that says whether it is right, for a confusion table.")] = "label",
+    group: Annotated[
+        str | None, typer.Option(help="Column whose equal values make a group: samples that rewards compare.")
+    ] = None,
     explain: Annotated[
         int | None, typer.Option(help="Only this line, with what was extracted and which rule decided.")
     ] = None,
 ) -> None:
-    """Try rewards on a file of completions, without a model."""
+    """Try rewards on a file of completions or a dump, without a model; exit code 1 where a reward always fails."""
+    import yaml
+
     from rewards.load import RewardError
     from rewards.score_file import explain as explain_line
     from rewards.score_file import score_file
@@ -131,17 +139,19 @@ def score(
     from rlzero.report.display import counting
 
     try:
+        rewards = [yaml.safe_load(entry) if entry.lstrip().startswith("{") else entry for entry in reward]
         if explain is not None:
-            for address in reward:
-                typer.echo(explain_line(file, address, explain, completion))
+            for entry in rewards:
+                typer.echo(explain_line(file, entry, explain, completion))
             return
+        columns = {"completion": completion, "label": label, "group": group}
         with counting("scoring") as progress:
-            result = score_file(
-                file, reward, output, workers=workers, completion=completion, label=label, progress=progress
-            )
-    except RewardError as error:
+            result = score_file(file, rewards, output, workers=workers, progress=progress, **columns)
+    except (RewardError, yaml.YAMLError) as error:
         raise UsageError(str(error)) from error
     typer.echo(str(result))
+    if result.failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from rewards import load
 from rewards.load import Reward, RewardSpec, Row, load_reward
 from rewards.score import Score
 from rewards.workers.process import START_TIMEOUT_S, Handler, alarm_after
@@ -45,6 +47,14 @@ def make_handler(specs: tuple[RewardSpec, ...], recycle_after: int) -> Handler:
     return _Handler(rewards, limits, recycle_after)
 
 
+def _what_happened(error: BaseException) -> str:
+    """The traceback from the reward's own code on: that of the caller says nothing to who wrote it."""
+    ours, trace = (__file__, load.__file__, os.path.dirname(asyncio.__file__)), error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(ours):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace))
+
+
 class _Handler:
     def __init__(self, rewards: list[Reward], limits: list[float], recycle_after: int) -> None:
         self.rewards, self.left = rewards, recycle_after
@@ -79,15 +89,15 @@ class _Handler:
             alarm_after(alarm_s)
             try:
                 score = reward.one(completion, row)
-            except Exception:
-                score = Score.error(traceback.format_exc())
+            except Exception as error:
+                score = Score.error(_what_happened(error))
             yield at, score
 
     def _group(self, reward: Reward, completions: list[str], rows: list[Row]) -> list[Score | None]:
         try:
             return reward.group(completions, rows)
-        except Exception:
-            return [Score.error(traceback.format_exc())] * len(completions)
+        except Exception as error:
+            return [Score.error(_what_happened(error))] * len(completions)
 
     async def _together(self, reward: Reward, completions: list[str], rows: list[Row], limit: float) -> list[tuple]:
         async def one(at: int) -> tuple[int, Score | None]:
@@ -95,8 +105,8 @@ class _Handler:
                 return at, await asyncio.wait_for(reward.one_async(completions[at], rows[at]), limit)
             except TimeoutError:
                 return at, Score.error(f"no answer within {limit:g} s (timeout_s); is the server there?")
-            except Exception:
-                return at, Score.error(traceback.format_exc())
+            except Exception as error:
+                return at, Score.error(_what_happened(error))
 
         return list(await asyncio.gather(*(one(at) for at in range(len(completions)))))
 
