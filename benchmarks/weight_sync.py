@@ -204,7 +204,7 @@ def measure_streamed(trainer: TrainerSide, engine: Engine, transport: Any) -> No
 
 def measure_syncs(trainer: TrainerSide, engine: Engine, transport: Any) -> Any:
     """Three perturbed syncs with the probe after each, then several for the clock. Returns the last handle."""
-    from rollout.probe import gap
+    from rollout.probe import logprob_diff
 
     stale = trainer.logprobs()
     if trainer.fp8:
@@ -214,7 +214,7 @@ def measure_syncs(trainer: TrainerSide, engine: Engine, transport: Any) -> Any:
         except RuntimeError as error:
             say("the engine answers nothing before its first weights", "without weights" in str(error))
     else:
-        say("gap before any sync", gap(engine("score", trainer.probe), stale)["mean_abs"], "nats")
+        say("gap before any sync", logprob_diff(engine("score", trainer.probe), stale)["mean_abs"], "nats")
     for version in (1, 2, 3):
         trainer.perturb()
         fresh = trainer.logprobs()
@@ -223,8 +223,8 @@ def measure_syncs(trainer: TrainerSide, engine: Engine, transport: Any) -> Any:
         say(f"sync {version}, all told", found["all_s"], "s")
         say(f"sync {version}, way", found["way"])
         say(f"sync {version}, read back and equal", f"{found['verified']} of {found['tensors']} tensors")
-        say(f"sync {version}, gap to the new weights", gap(scores, fresh)["mean_abs"], "nats")
-        say(f"sync {version}, gap to the old weights", gap(scores, stale)["mean_abs"], "nats")
+        say(f"sync {version}, gap to the new weights", logprob_diff(scores, fresh)["mean_abs"], "nats")
+        say(f"sync {version}, gap to the old weights", logprob_diff(scores, stale)["mean_abs"], "nats")
         stale = fresh
     runs = []
     for version in range(4, 4 + REPEATS):
@@ -238,7 +238,7 @@ def measure_syncs(trainer: TrainerSide, engine: Engine, transport: Any) -> Any:
 
 
 def measure_families(trainer: TrainerSide, engine: Engine, transport: Any) -> None:
-    from rollout.probe import gap
+    from rollout.probe import logprob_diff
 
     for version, (family, pattern) in enumerate(FAMILIES.items(), start=100):
         stale = trainer.logprobs()
@@ -246,7 +246,7 @@ def measure_families(trainer: TrainerSide, engine: Engine, transport: Any) -> No
         fresh = trainer.logprobs()
         sync(trainer, engine, transport, version)
         scores = engine("score", trainer.probe)
-        new, old = gap(scores, fresh)["mean_abs"], gap(scores, stale)["mean_abs"]
+        new, old = logprob_diff(scores, fresh)["mean_abs"], logprob_diff(scores, stale)["mean_abs"]
         say(f"only {family} perturbed: gap to new / to old", f"{new:.4g} / {old:.4g}", "nats")
 
 
@@ -289,7 +289,7 @@ def measure_parts(trainer: TrainerSide, engine: Engine, transport: Any, handle: 
 
 
 def measure_sleep(trainer: TrainerSide, engine: Engine, transport: Any, cycles: int) -> None:
-    from rollout.probe import gap
+    from rollout.probe import logprob_diff
 
     version = 1000
     for level, count, limit_s in ((2, cycles, 40.0), (1, 5, 25.0)):
@@ -314,7 +314,7 @@ def measure_sleep(trainer: TrainerSide, engine: Engine, transport: Any, cycles: 
         say(f"sleep level {level}, free GPU memory asleep", asleep, "GB")
         say(f"sleep level {level}, free awake, third and last", f"{free[:3][-1]:.3f} {free[-1]:.3f}", "GB")
         scores = engine("score", trainer.probe)
-        say(f"sleep level {level}, gap after", gap(scores, trainer.logprobs())["mean_abs"], "nats")
+        say(f"sleep level {level}, gap after", logprob_diff(scores, trainer.logprobs())["mean_abs"], "nats")
 
 
 def measure_quantizer(trainer: TrainerSide, engine: Engine, handle: Any) -> None:

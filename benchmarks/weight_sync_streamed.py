@@ -154,7 +154,7 @@ class Rank:
 
     def gap(self) -> list[float]:
         """Of both engines from the gathered weights."""
-        from rollout.probe import gap
+        from rollout.probe import logprob_diff
 
         weights, expected = self.policy.weights(), None
         if self.decoder is not None:
@@ -162,7 +162,7 @@ class Rank:
         for _ in weights:  # the others take part to the end
             pass
         expected = self.ranks.agree(expected)
-        return self.everyones(gap(self.engine("score", self.probe), expected)["mean_abs"])
+        return self.everyones(logprob_diff(self.engine("score", self.probe), expected)["mean_abs"])
 
 
 def measure(me: Rank) -> None:

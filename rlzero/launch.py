@@ -10,11 +10,12 @@ from rlzero.cluster.actors import TrainerDied
 from rlzero.config.read import UsageError
 from rlzero.config.rl import Config
 from rlzero.data import dump
+from rlzero.data.prompts import load_tokenizer
 from rlzero.report.display import Display
 from rlzero.report.log import FILES, RunLog
 from rlzero.rl import loop
 from rlzero.rl.groups import Group, grade, to_samples
-from rlzero.rl.run import Interrupted, Run, checkpoints
+from rlzero.rl.run import Interrupted, Run, checkpoints, policy_options
 from trainer.checkpoint import checkpoint
 from trainer.trainer import Trainer
 
@@ -80,7 +81,7 @@ def train_from_dump(config: Config, path: Path, resume: bool) -> dict[str, float
     """One training step, in this process, on the groups of a dump; returns its metrics and saves nothing."""
     graded = grade(dump.load(path), config.rewards, config.algorithm, config.rollout.max_tokens)
     trainer = Trainer(
-        config.policy, config.optimizer, config.loss,
+        policy_options(config, load_tokenizer(config.policy.path)), config.optimizer, config.loss,
         seed=config.seed, threads=config.threads, device=config.device,
     )  # fmt: skip
     if resume:

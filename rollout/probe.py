@@ -3,15 +3,18 @@ ones included, so each weight sync ends with this comparison, and so does step 0
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
 LOW, HIGH = 0.5, 2.0
+COUNT = 8  # sequences of every probe; those behind them reach past switches, see `far_sequences`
+PAST = 32  # tokens that they have past the switch
+MOST_LOGITS = 1 << 29  # of one scored sequence: 2 GiB in an engine that holds all of them in float32
 
 
 def probe_sequences(
-    vocab_size: int, *, count: int = 8, length: int = 32, seed: int = 0, without: Collection[int] = ()
+    vocab_size: int, *, count: int = COUNT, length: int = 32, seed: int = 0, without: Collection[int] = ()
 ) -> list[list[int]]:
     """`count` fixed sequences of `length` random token ids below `vocab_size`, none of them in `without` (special
     tokens). The same arguments give the same sequences on every machine."""
@@ -24,7 +27,32 @@ def probe_sequences(
     return np.random.Generator(np.random.PCG64(seed)).choice(tokens, size=(count, length)).tolist()
 
 
-def gap(engine: Sequence[np.ndarray], trainer: Sequence[np.ndarray], *, first: int = 1) -> dict[str, float]:
+def far_sequences(
+    switches: Sequence[int], longest: int, vocab_size: int, *, seed: int = 1, without: Collection[int] = ()
+) -> dict[int, list[int]]:
+    """By switch, one sequence for each of `switches` (lengths behind which a model computes otherwise: sliding windows,
+    borders of its rotation) that ends up to PAST tokens behind it. Left out where no sequence of the run (`longest`
+    tokens) gets there, and where an engine would hold more than MOST_LOGITS logits."""
+    reach = min(longest, MOST_LOGITS // vocab_size)
+    return {
+        border: probe_sequences(vocab_size, count=1, length=min(border + PAST, reach), seed=seed, without=without)[0]
+        for border in switches
+        if border + 1 < reach
+    }
+
+
+def worst_logprob_diff(
+    engine: Sequence[np.ndarray], trainer: Sequence[np.ndarray], switches: Iterable[int] = ()
+) -> dict[str, float]:
+    """The greatest `logprob_diff` among the first COUNT sequences together and each far one behind its switch (of the
+    tokens before it a far sequence has too many to show what changes there)."""
+    parts = [logprob_diff(engine[:COUNT], trainer[:COUNT])]
+    for border, e, t in zip(switches, engine[COUNT:], trainer[COUNT:], strict=False):
+        parts.append(logprob_diff([e], [t], first=border))  # the token at `border` is the first to see the switch
+    return max(parts, key=lambda part: part["mean_abs"])
+
+
+def logprob_diff(engine: Sequence[np.ndarray], trainer: Sequence[np.ndarray], *, first: int = 1) -> dict[str, float]:
     """The distance between two sides' log-probabilities of the same tokens, over all tokens.
 
     `first` is the first position that counts: 1 for whole sequences as `score` returns them (entry 0 is not a

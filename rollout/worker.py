@@ -186,14 +186,6 @@ class RolloutWorker:
     async def score(self, sequences: list[list[int]], temperature: float = 1.0) -> list[np.ndarray]:
         return await self._call(lambda engine: engine.score(sequences, temperature))
 
-    async def probe(
-        self, sequences: list[list[int]], trainer_logprobs: list[np.ndarray], temperature: float = 1.0
-    ) -> dict[str, float]:
-        """The engine's distance from the trainer on `sequences`, see `rollout.probe.gap`."""
-        from rollout.probe import gap
-
-        return gap(await self.score(sequences, temperature), trainer_logprobs)
-
     async def memory(self) -> dict[str, int]:
         """See `trainer.device_memory`: of the engine's GPU, peaks since the last call; {} where it has none."""
 

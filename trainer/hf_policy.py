@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,25 +10,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.logging import disable_progress_bar
 
 from trainer import hf_attention as packed_attention
 from trainer.batch import Batch
+from trainer.checkpoint.folder import FolderReader, FolderWriter
+from trainer.checkpoint.hf import SHARD_BYTES, layout
 from trainer.hf_attention import Layout
+from trainer.hf_model import TOLERANCE, hold_rotation, load_config, load_model, named_tensors
 from trainer.packing import Sample, pack, to_device
 from trainer.policy import Head, Policy, PolicyOptions
 
 log = logging.getLogger(__name__)
-disable_progress_bar()  # a bar per checkpoint would run across the display of a run
-
-# mean |difference in log p| below which two ways to compute the same are taken for equal
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-
 
 class TransformersPolicy(Policy):
     """Runs packed wherever the model's attention goes through transformers' interface and nothing else mixes tokens;
@@ -57,12 +53,13 @@ class TransformersPolicy(Policy):
     ) -> TransformersPolicy:
         dtype = getattr(torch, options.dtype)
         if options.path is not None:
-            module = AutoModelForCausalLM.from_pretrained(options.path, dtype=dtype)
+            module = load_model(options.path, load_config(options.path), options.longest, dtype=dtype)
         else:
             config = AutoConfig.for_model(**fields)
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            hold_rotation(module, options.longest)
         return cls(module.to(device), options, device)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "n hidden"]:
@@ -105,32 +102,39 @@ class TransformersPolicy(Policy):
         return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
 
     def weights(self, mtp: bool = False) -> Iterator[tuple[str, Tensor]]:
-        tied = set(self.module.all_tied_weights_keys)
-        state = {name: tensor for name, tensor in self.module.state_dict().items() if name not in tied}
-        yield from revert_weight_conversion(self.module, state).items()
+        return named_tensors(self.module)
+
+    def _save_beside_weights(self, folder: Path) -> None:
+        config = copy.deepcopy(self.module.config)
+        config.architectures, config.dtype = [type(self.module).__name__], self.module.dtype
+        config.save_pretrained(folder)
+        super()._save_beside_weights(folder)
 
     def _save_weights(self, folder: Path) -> None:
-        self.module.save_pretrained(folder)
+        weights = dict(self.weights())
+        with FolderWriter(folder, layout(weights.items()), SHARD_BYTES) as writer:
+            for name, tensor in weights.items():
+                writer.write(name, tensor)
 
     def load_weights(self, folder: Path) -> None:
-        saved = AutoConfig.from_pretrained(folder)
+        saved = load_config(folder)
         if saved.model_type != self.module.config.model_type:
             raise ValueError(
                 f"{folder} holds another architecture: {saved.model_type}, here {self.module.config.model_type}"
             )
-        live = dict(self.weights())
-        stored = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+        live = {name: tuple(tensor.shape) for name, tensor in self.weights()}
+        stored = {name: entry.shape for name, entry in FolderReader(folder).entries.items()}
         wrong = [f"missing {name}" for name in live.keys() - stored.keys()]
         wrong += [f"unexpected {name}" for name in stored.keys() - live.keys()]
         wrong += [
-            f"{name} has shape {list(stored[name].shape)}, expected {list(live[name].shape)}"
+            f"{name} has shape {list(stored[name])}, expected {list(live[name])}"
             for name in live.keys() & stored.keys()
-            if live[name].shape != stored[name].shape
+            if live[name] != stored[name]
         ]
         if wrong:
             raise ValueError(f"{folder} does not fit this policy: {'; '.join(sorted(wrong)[:8])}")
         # through a second model: it alone knows how the checkpoint's tensors are fused
-        other = type(self.module).from_pretrained(folder, dtype=self.module.dtype)
+        other = load_model(folder, saved, self.options.longest, dtype=self.module.dtype)
         self.module.load_state_dict(other.state_dict())
 
     def _choose_form(self) -> None:
@@ -163,7 +167,7 @@ class TransformersPolicy(Policy):
                 failures.append(f"{form}: {error}")
                 continue
             gap = (found[batch.loss_mask.to(self.device)] - expected).abs().mean().item()
-            if gap <= PROBE_TOLERANCE[self.module.dtype]:
+            if gap <= TOLERANCE[self.module.dtype]:
                 if failures:
                     name = type(self.module).__name__
                     why = failures[0]

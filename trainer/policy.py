@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from trainer.batch import Batch
 from trainer.checkpoint import hf
+from trainer.checkpoint.model_folder import generation_fields, read_config, refusal, text_end
 from trainer.model.balance import BalanceKind, BalanceLoss, HitCounter
 from trainer.model.head import token_logprobs
 from trainer.model.v3 import BalanceOf, V3Model
@@ -26,7 +28,7 @@ from trainer.transfer import send
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 
 NO_ROUTER = "a balance loss is asked for and this policy is no DeepSeek-V3 model with routed experts; set balance: none"
@@ -45,6 +47,10 @@ class PolicyOptions(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recipe: Literal["bf16", "fp8", "fp8_emulated"] = "bf16"
     activation_checkpointing: bool | Literal["selective"] = False  # see trainer.model.v3.V3Model
+    # Of the run, not of its config: the tokens of its longest sequence, which decide rotations that depend on them, and
+    # the ids that end a text, for the checkpoints (none: those that the folder names).
+    longest: int | None = Field(None, exclude=True)
+    end_tokens: tuple[int, ...] | None = Field(None, exclude=True)
 
     @model_validator(mode="after")
     def _one_source(self) -> PolicyOptions:
@@ -210,10 +216,25 @@ class Policy(ABC):
             policy = self.frozen_copy()
             policy.module.to(getattr(torch, dtype))
         policy._save_weights(folder)
-        if source := self.options.tokenizer_folder:
-            for name in TOKENIZER_FILES:
-                if (Path(source) / name).is_file() and not (folder / name).exists():
-                    shutil.copyfile(Path(source) / name, folder / name)
+        policy._save_beside_weights(folder)
+
+    def _save_beside_weights(self, folder: Path) -> None:
+        """generation_config.json with the tokens that end a text, and the tokenizer's files."""
+        source, ends = self.options.tokenizer_folder, self.options.end_tokens
+        if ends is None:
+            ends = text_end(source).ids if source is not None else ()
+        fields = generation_fields(self.options.path or source, ends)
+        if fields:
+            (folder / "generation_config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        for name in TOKENIZER_FILES if source is not None else ():
+            if (Path(source) / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(Path(source) / name, folder / name)
+
+    def try_saving(self) -> None:
+        """Writes a checkpoint without its weights and throws it away: what would fail then fails now, before the first
+        step. Raises what `save` would."""
+        with tempfile.TemporaryDirectory(prefix="rlzero-try-") as folder:
+            self._save_beside_weights(Path(folder))
 
     def _targets(self, batch: Batch, ahead: int, every_token: bool) -> Int[Tensor, " targets"]:
         """Indices of the tokens to predict from `ahead` tokens before them in their document, on the policy's
@@ -372,7 +393,15 @@ class V3Policy(Policy):
 def load_policy(options: PolicyOptions, device: str | torch.device = "cpu", seed: int = 0) -> Policy:
     """The policy of `options.path`, or a new one with weights drawn from `seed`. Errors: FileNotFoundError without a
     config.json; ValueError for a folder that is no causal language model or whose tensors do not fit."""
-    device, dtype = torch.device(device), getattr(torch, options.dtype)
+    policy = _load(options, torch.device(device), seed)
+    policy.try_saving()
+    return policy
+
+
+def _load(options: PolicyOptions, device: torch.device, seed: int) -> Policy:
+    dtype = getattr(torch, options.dtype)
+    if options.path is not None and (why := refusal(options.path)):
+        raise ValueError(f"{options.path}: {why}")
     if options.path is not None:
         fields = read_config(Path(options.path))
     else:
@@ -387,14 +416,3 @@ def load_policy(options: PolicyOptions, device: str | torch.device = "cpu", seed
         module = V3Model(V3Config.from_hf(fields), options.recipe, options.activation_checkpointing)
         module = module.init_weights(seed).to(device=device, dtype=dtype)
     return V3Policy(module, options, device)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The fields of the folder's config.json. FileNotFoundError; ValueError for what is no JSON."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: policy.path must be a Hugging Face folder with a config.json")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): is the folder complete?") from error

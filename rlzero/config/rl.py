@@ -9,7 +9,6 @@ optimizer steps, so its 10,400 steps of 16 minibatches each are 650 here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlzero.cluster import placement
 from rlzero.config.read import Conflict, read_config
+from trainer.checkpoint.model_folder import model_fields, position_limit, refusal
 from trainer.losses import LossOptions
 from trainer.optimizer import OptimizerOptions
 from trainer.parallel.ranks import ParallelOptions
@@ -137,6 +137,8 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 # Fields of the trainer's records that a run of reinforcement learning does not leave to the user.
 NOT_CONFIGURED = {
     "policy.init": "reinforcement learning starts from a trained model; set policy.path to its folder",
+    "policy.longest": "follows from data.max_prompt_tokens and rollout.max_tokens; leave it out",
+    "policy.end_tokens": "follows from the folder of policy.path; leave it out",
     "policy.tokenizer": "a run takes the tokenizer in the folder of policy.path; leave it out",
     "optimizer.total_steps": "follows from steps and batch.minibatches; leave it out",
     "loss.constant_length": "follows from rollout.max_tokens; leave it out",
@@ -218,7 +220,7 @@ class Config(_Section):
         tree = self.model_dump(mode="json")
         for name in NOT_CONFIGURED:
             section, _, key = name.partition(".")
-            del tree[section][key]
+            tree[section].pop(key, None)
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
@@ -250,7 +252,10 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             f"data.max_prompt_tokens {data.max_prompt_tokens} + rollout.max_tokens {rollout.max_tokens} = {longest}",
         )
     yield from _not_configured(config)
-    context = policy_context(config.policy.path)
+    kind = rollout.engine if rollout.engine != "auto" else "vllm" if placement.on_gpus(config) else "torch"
+    if config.policy.path and (why := refusal(config.policy.path, kind)):
+        yield ("policy.path",), f"policy.path: {config.policy.path} {why}"
+    context = position_limit(model_fields(config.policy.path))
     if context is not None and longest > context:
         yield (
             ("policy.path", "data.max_prompt_tokens", "rollout.max_tokens"),
@@ -319,7 +324,7 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             ("policy.dtype", "policy.recipe"),
             "policy.recipe: fp8 quantizes BF16 weights and policy.dtype is float32; set policy.dtype=bfloat16",
         )
-    yield from placement.conflicts(config, model_fields(config.policy.path) if config.policy.path else {})
+    yield from placement.conflicts(config, model_fields(config.policy.path))
 
 
 def _not_configured(config: Config) -> Iterator[Conflict]:
@@ -328,6 +333,8 @@ def _not_configured(config: Config) -> Iterator[Conflict]:
     expected = {
         "policy.init": (None,),
         "policy.tokenizer": (None,),
+        "policy.longest": (None,),
+        "policy.end_tokens": (None,),
         # one more than the warm-up: see _computed; the warm-up itself is reported
         "optimizer.total_steps": (
             None,
@@ -348,19 +355,3 @@ def _not_configured(config: Config) -> Iterator[Conflict]:
 
 def _count(value: Any) -> bool:
     return type(value) is int and value >= 1
-
-
-def policy_context(path: str | None) -> int | None:
-    """Longest sequence, in tokens, of the policy in folder `path`; None where it is not there (yet) or does not say."""
-    context = model_fields(path).get("max_position_embeddings") if path is not None else None
-    return context if isinstance(context, int) else None
-
-
-def model_fields(folder: str | Path) -> dict[str, Any]:
-    """What the config.json of a model's folder says; nothing where there is none that can be read: loading the model
-    reports a broken folder better than we can."""
-    try:
-        fields = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return fields if isinstance(fields, dict) else {}

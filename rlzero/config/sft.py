@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from pydantic import Field, model_validator
 
 from rlzero.config.read import Conflict, read_config
 from rlzero.config.rl import Checkpoints, NonNegative, Positive, Tracker, _Section
+from trainer.checkpoint.model_folder import model_fields, refusal
 from trainer.model.balance import BalanceKind
 from trainer.optimizer import OptimizerOptions
 from trainer.parallel.ranks import ParallelOptions
@@ -122,6 +122,8 @@ def conflicts(config: SftConfig) -> Iterator[Conflict]:
             f"data.max_tokens: {data.max_tokens} tokens do not fit in tokens_per_micro_batch "
             f"{config.tokens_per_micro_batch}; a row is never split",
         )
+    if policy.path is not None and (why := refusal(policy.path)):
+        yield ("policy.path",), f"policy.path: {policy.path} {why}"
     context = policy_field(policy, "max_position_embeddings")
     if context is not None and data.max_tokens is not None and data.max_tokens > context:
         yield (
@@ -184,7 +186,4 @@ def policy_field(policy: PolicyOptions, name: str) -> Any:
     """A field of the policy's config.json; None where the folder is not there (yet) or does not say."""
     if policy.init is not None:
         return {"model_type": "deepseek_v3", **policy.init}.get(name)
-    try:
-        return json.loads((Path(str(policy.path)) / "config.json").read_text()).get(name)
-    except (OSError, ValueError, AttributeError):  # loading the policy reports a broken folder better than we can
-        return None
+    return model_fields(policy.path).get(name)

@@ -59,6 +59,12 @@ class Examples(Sequence[Example]):
     def learned(self) -> int:
         return sum(int(row.learned[1:].sum()) for row in self.rows)
 
+    def ends(self, tokenizer: Any) -> set[int]:
+        """The special tokens that end what is learned: in writing, they will end the policy's turns."""
+        last = [row.tokens[row.learned & ~np.append(row.learned[1:], False)] for row in self.rows]
+        special = special_tokens(tokenizer) | set(tokenizer.added_tokens_decoder)
+        return special & {int(token) for tokens in last for token in tokens}
+
     @property
     def fingerprint(self) -> str:
         """A hash of all tokens and masks in their order."""

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlzero.config.read import UsageError
-from rlzero.config.rl import Config, model_fields
+from rlzero.config.rl import Config
 from rollout.engine import Prompt
-from rollout.tokenizer import read_tokenizer
+from rollout.tokenizer import read_tokenizer, tokens_past_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -176,11 +176,10 @@ def check_tokenizer(tokenizer: Any, path: str | Path) -> None:
             f"{path}: the tokenizer has no end-of-sequence token, so a completion could never end; "
             "set eos_token in its tokenizer_config.json"
         )
-    known = model_fields(path).get("vocab_size")
-    if isinstance(known, int) and tokenizer.vocab_size > known:
+    if past := tokens_past_vocabulary(path, tokenizer):
         raise DataError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model has a vocabulary of {known}: they "
-            "do not belong together; put the tokenizer the model was trained with beside its weights"
+            f"{path}: the tokenizer has tokens that the model's vocabulary does not: {past}; give the model rows for "
+            "them (resize_token_embeddings) and save it, or put the tokenizer of its training beside its weights"
         )
 
 

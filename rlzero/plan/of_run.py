@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlzero.cluster import placement
 from rlzero.config.rl import Config
+from rlzero.data.prompts import load_tokenizer
 from rlzero.plan.memory import (
     BF16,
     FP32,
@@ -31,6 +33,8 @@ from rlzero.plan.memory import (
     trainer_memory,
 )
 from rlzero.plan.size import PolicySize, read_size
+from rollout.tokenizer import FILES as TOKENIZER_FILES
+from trainer.checkpoint.model_folder import model_fields, position_limit, rotation_note, text_end
 
 GIB = 1 << 30
 ASSUMED, ASSUMED_BYTES = "H100 80GB", int(79.1 * GIB)  # torch finds this much on one
@@ -154,7 +158,7 @@ def _on_gpus(
     engines = -(-config.rollout.workers // ranks.dp) if shared else 1
     work = engine_work(config, policy)
     completions = -(-config.batch.prompts * config.batch.group_size // config.rollout.workers)
-    least = cache_for(1, context(config, policy), token_bytes)
+    least = cache_for(1, context(config), token_bytes)
     full = max(least, cache_for(min(completions, work.running), work.longest, token_bytes))
     bare = engine_memory(work, 0)
 
@@ -244,12 +248,12 @@ def architecture(policy: PolicySize) -> Any:
     )  # fmt: skip
 
 
-def context(config: Config, policy: PolicySize) -> int:
-    """Tokens that an engine must be able to hold of one request."""
+def context(config: Config) -> int:
+    """Tokens that an engine must be able to hold of one request: the run's longest sequence."""
     if asked := config.rollout.engine_args.get("max_context"):
         return int(asked)
     longest = max(_longest(config), LEAST_CONTEXT)
-    return min(longest, policy.fields.get("max_position_embeddings") or longest)
+    return min(longest, position_limit(model_fields(config.policy.path)) or longest)
 
 
 def engine_work(config: Config, policy: PolicySize) -> EngineWork:
@@ -303,7 +307,7 @@ def engine_options(config: Config, kind: str) -> dict[str, Any]:
     if plan is None:
         return {}
     asked = config.rollout.engine_args
-    options: dict[str, Any] = {"max_context": context(config, plan.policy), "sleep_level": plan.sleep_level}
+    options: dict[str, Any] = {"max_context": context(config), "sleep_level": plan.sleep_level}
     if "gpu_memory_utilization" not in asked:
         options["kv_cache_memory_bytes"] = plan.cache_bytes
         # With a cache of given size vLLM only checks at start that so much of the device is free.
@@ -320,6 +324,7 @@ def describe(config: Config, plan: RunPlan | None, placed: list[str]) -> list[st
         f"up to {config.rollout.max_tokens} tokens, {batch.minibatches} updates; staleness {config.staleness}",
         f"run        {config.steps} steps, {config.steps * batch.minibatches} updates, into {config.run_dir}",
         *placed,
+        *_describe_policy(config),
     ]
     if plan is None:
         return [*lines, f"memory     unknown: {config.policy.path} holds no weights (yet)"]
@@ -327,6 +332,17 @@ def describe(config: Config, plan: RunPlan | None, placed: list[str]) -> list[st
     lines.append(f"policy     {count(policy.parameters)} parameters, {count(policy.active)} work on a token")
     lines += describe_gpu(plan) if plan.device.cuda else _tables(plan)
     lines.append(f"work       {plan.step_flop:.2g} FLOP a step if every completion is as long as it may be")
+    return lines
+
+
+def _describe_policy(config: Config) -> list[str]:
+    """What ends a text and which rotation is held, where the folder is there and has a tokenizer."""
+    folder, lines = Path(config.policy.path or ""), []
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer = load_tokenizer(folder)
+        lines.append(f"text ends  {text_end(folder, tokenizer).describe(tokenizer)}")
+    if note := rotation_note(model_fields(folder), context(config)):
+        lines.append(f"positions  {note}")
     return lines
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.checkpoint.model_folder import model_fields
+
 if TYPE_CHECKING:
     from trainer.model.v3_config import V3Config
 
@@ -90,17 +92,14 @@ def size_of(fields: dict[str, Any], shapes: Mapping[str, list[int]]) -> PolicySi
 def read_size(folder: str | Path) -> PolicySize | None:
     """The size of the policy in a Hugging Face folder; None where it has no weights (yet)."""
     folder = Path(folder)
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
+    fields = model_fields(folder)
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as handle:
             (size,) = struct.unpack("<Q", handle.read(8))
             header = json.loads(handle.read(size))
         shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return size_of(fields, shapes) if shapes else None
+    return size_of(fields, shapes) if fields and shapes else None
 
 
 def size_of_architecture(model: V3Config) -> tuple[PolicySize, dict[str, int]]:

@@ -33,6 +33,8 @@ from rollout import probe
 from rollout.engine import Sampling
 from rollout.worker import choose_engine
 from trainer.checkpoint import checkpoint
+from trainer.checkpoint.model_folder import model_fields, switches, text_end, text_fields
+from trainer.policy import PolicyOptions
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,12 @@ class Run:
         self.tokenizer = load_tokenizer(config.policy.path)
         self.prompts = PromptStream(load_prompts(config, self.tokenizer, "train"), config.seed)
         self.held_out = load_prompts(config, self.tokenizer, "evaluation") if config.data.evaluation else None
-        self.probe = probe.probe_sequences(len(self.tokenizer), without=self.tokenizer.all_special_ids)
+        self.policy = policy_options(config, self.tokenizer)
+        fields, special = model_fields(config.policy.path), self.tokenizer.all_special_ids
+        vocabulary = min(len(self.tokenizer), text_fields(fields).get("vocab_size", len(self.tokenizer)))
+        self.probe = probe.probe_sequences(vocabulary, without=special)
+        # asked once: which way an engine goes past a window does not change with its weights
+        self.far = probe.far_sequences(switches(fields), self.policy.longest, vocabulary, without=special)
         self.start_from = checkpoint.latest(checkpoints(self.dir)) if resume else None
         self.log = RunLog(self.dir, config.tracking, yaml.safe_load(config.resolved_yaml()))
         self.writer: Writer | None = None
@@ -90,7 +97,7 @@ class Run:
             self.watch(f"placement: {placed.choice.kind} ({placed.choice.reason}), {placed.choice.transport}", {})
             self.cluster.__enter__()
             self.trainer = self.cluster.trainer(
-                config.policy, config.optimizer, config.loss,
+                self.policy, config.optimizer, config.loss,
                 seed=config.seed, device="cuda" if on_gpus(config) else "cpu", parallel=config.parallel,
             )  # fmt: skip
             if placed.shares_gpus:  # an engine takes what it finds free, and does not bear that it changes meanwhile
@@ -223,12 +230,12 @@ class Run:
     async def check_agreement(self, version: int) -> None:
         """Raises `RunError` where an engine's log-probabilities on the probe are further from the trainer's than
         rollout.max_gap allows."""
-        temperature = self.config.rollout.temperature
+        temperature, sequences = self.config.rollout.temperature, [*self.probe, *self.far.values()]
         trained, scores = await asyncio.gather(
-            self.trainer.call("score", self.probe, temperature), self.fleet.score(self.probe, temperature)
+            self.trainer.call("score", sequences, temperature), self.fleet.score(sequences, temperature)
         )
         for worker, written in zip(self.fleet.workers, scores, strict=True):
-            gap = probe.gap(written, trained)
+            gap = probe.worst_logprob_diff(written, trained, self.far)
             self._step_metrics["sync_gap"] = max(gap["mean_abs"], self._step_metrics.get("sync_gap", 0.0))
             if not gap["mean_abs"] <= self.config.rollout.max_gap:
                 raise RunError(
@@ -237,6 +244,7 @@ class Run:
                     "on such rollouts would be off-policy without saying so. Check that both use the same dtype, and "
                     "the engine's release (README, supported versions)"
                 )
+        self.far = {}
 
     async def refresh_reference(self, step: int) -> None:
         """The reference model becomes the policy every `algorithm.reference_refresh_steps` steps."""
@@ -323,9 +331,17 @@ def engine(config: Config) -> tuple[str, str]:
         raise UsageError(f"rollout.engine: {error}") from error
 
 
+def policy_options(config: Config, tokenizer: Any) -> PolicyOptions:
+    """What the trainer is told of the policy: the config's options, the run's longest sequence and what ends a text."""
+    end = text_end(config.policy.path or "", tokenizer)
+    if end.differ:
+        logger.warning("what ends a text differs: %s", end.describe(tokenizer))
+    return config.policy.model_copy(update={"longest": plan.context(config), "end_tokens": end.ids})
+
+
 def engine_options(config: Config, kind: str, planned: dict[str, Any]) -> dict[str, Any]:
     """Options of every engine: the config's own, over what is `planned` for an engine beside a trainer."""
-    options = {"dtype": config.policy.dtype, "seed": config.seed, **planned}
+    options = {"dtype": config.policy.dtype, "seed": config.seed, "max_context": plan.context(config), **planned}
     if kind == "vllm" and engine_gpus(config) > 1:
         # Else vLLM, which sees that it runs in a placement group of Ray's, looks there for GPUs of its own.
         options["distributed_executor_backend"] = "mp"

@@ -51,9 +51,10 @@ def _convert(folder: Path, target: Path, wanted: str) -> set[str]:
     """Writes weights, index and config.json in the wanted format; returns the files of `folder` this stands for."""
     from trainer.checkpoint import folder as files
     from trainer.checkpoint import hf
+    from trainer.checkpoint.model_folder import read_config
 
     replaced = {"config.json", files.INDEX, *(file.name for file in folder.glob("*.safetensors"))}
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
     if config.get("model_type") == "deepseek_v3":
         hf.convert_folder(folder, target, wanted)
         return replaced

@@ -29,6 +29,7 @@ from rlzero.report.log import FILES, RunLog
 from rlzero.stages.export import export
 from trainer.batch import Batch
 from trainer.checkpoint import checkpoint
+from trainer.checkpoint.model_folder import TextEnd, text_end
 from trainer.packing import pack
 from trainer.parallel.ranks import ParallelOptions
 from trainer.trainer import Trainer
@@ -95,6 +96,7 @@ class Prepared:
     train: Examples
     held_out: Examples | None
     plan: Plan
+    end: TextEnd
 
     def describe(self) -> list[str]:
         """The run in a few lines: rows, tokens, steps."""
@@ -106,7 +108,7 @@ class Prepared:
         size = f"{config.rows_per_step} rows" if config.rows_per_step else f"{config.tokens_per_step:,} tokens"
         epochs = plan.ends[-1] / len(self.train)
         lines.append(f"steps      {plan.steps:,} of {size}, {epochs:.3g} epochs")
-        return lines
+        return [*lines, f"text ends  {self.end.describe(self.tokenizer)}"]
 
 
 def prepare(config: SftConfig, progress: Progress = lambda done, total: None) -> Prepared:
@@ -120,7 +122,8 @@ def prepare(config: SftConfig, progress: Progress = lambda done, total: None) ->
             f"optimizer.warmup_steps: {options.warmup_steps}, but the run has {plan.steps} steps; nothing is left for "
             f"the {options.schedule} schedule"
         )
-    return Prepared(config, tokenizer, train, held_out, plan)
+    folder = config.policy.path or str(config.policy.tokenizer_folder)
+    return Prepared(config, tokenizer, train, held_out, plan, text_end(folder, tokenizer, train.ends(tokenizer)))
 
 
 def train(config: SftConfig, resume: bool, say: Say = lambda line: None) -> Path:
@@ -186,7 +189,7 @@ class SftRun:
         self.held_out: list[Batch] = (
             pack([row.sample for row in held_out], config.tokens_per_micro_batch) if held_out is not None else []
         )
-        policy = config.policy
+        policy = config.policy.model_copy(update={"longest": config.longest_row, "end_tokens": prepared.end.ids})
         if config.data.chat_template is not None:  # the checkpoints take their tokenizer from a folder
             policy = policy.model_copy(update={"tokenizer": str(self.dir / "tokenizer")})
             if rank == 0:
@@ -317,9 +320,6 @@ class SftRun:
     def _save_tokenizer(self, folder: Path) -> None:
         """What the checkpoints take their tokenizer from, where it is not the policy's own."""
         self.tokenizer.save_pretrained(folder)
-        generation = Path(str(self.config.policy.tokenizer_folder)) / "generation_config.json"
-        if generation.is_file():
-            shutil.copyfile(generation, folder / generation.name)
 
 
 def _rows_line(examples: Examples, source: str) -> str:

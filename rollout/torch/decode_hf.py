@@ -9,17 +9,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils.logging import disable_progress_bar
 
 from rollout.torch import sampler
 from rollout.torch.decoder import raise_mismatches
-
-disable_progress_bar()  # a bar per update would run across the display of a run
-
-_ATTENTIONS = ("full_attention",)
+from trainer.checkpoint.model_folder import attention_windows
+from trainer.hf_model import TOLERANCE, hold_rotation, load_config, load_model, named_tensors
 
 
 class _Rows:
@@ -44,54 +40,79 @@ class _Rows:
 
 
 class TransformersDecoder:
-    """Keeps the protocol of rollout.torch.decoder.Decoder for a transformers model. Layers with sliding windows, state
-    spaces or other caches are refused."""
+    """Keeps the protocol of rollout.torch.decoder.Decoder for a transformers model. `longest`: see
+    trainer.hf_model.load_model."""
 
-    def __init__(self, path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-        self.config = AutoConfig.from_pretrained(path)
-        kinds = set(getattr(self.config, "layer_types", None) or _ATTENTIONS) - set(_ATTENTIONS)
-        windowed = getattr(self.config, "use_sliding_window", True)
-        window = getattr(self.config, "sliding_window", None) if windowed else None
-        if kinds or window:
-            raise ValueError(
-                f"{path}: the torch engine decodes models with full attention in every layer; this one has "
-                f"{sorted(kinds) or f'a sliding window of {window} tokens'}. Use the vllm engine."
-            )
-        self.vocab_size = self.config.vocab_size
-        self.max_positions = self.config.max_position_embeddings
-        self.dtype, self.device = dtype, device
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        longest: int | None = None,
+    ):
+        config = load_config(path)
+        text = config.get_text_config()
+        self.windows = attention_windows(text.to_dict())
+        self.vocab_size, self.max_positions = text.vocab_size, text.max_position_embeddings
+        self.dtype, self.device, self.longest = dtype, device, longest
         # SDPA would leave out a softcap of the scores without a word.
-        softcap = getattr(self.config, "attn_logit_softcapping", None)
-        self.attention = "sdpa" if softcap is None else "eager"
-        self.model = self._build(AutoModelForCausalLM, path)
-        self._kind = type(self.model)
+        softcap = getattr(text, "attn_logit_softcapping", None)
+        attention = None if softcap is None else "eager"
+        model = load_model(path, config, longest, dtype=dtype, attn_implementation=attention)
+        self.attention = model.config.get_text_config()._attn_implementation
+        self.model = self._frozen(model)
+        self._kind, self._config = type(model), config
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.weights()}
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._check(path)
+
+    def _check(self, path: str | Path) -> None:
+        """Raises ValueError where a token read with cached keys and values has other logits than without a cache: the
+        model keeps something else, or places its tokens by other means than positions and masks."""
+        sequences = [np.arange(1, 1 + n, dtype=np.int64) % self.vocab_size for n in (6, 9)]
+        self.reserve(len(sequences), 16, 1)
+        try:
+            self.prefill([s[:-1] for s in sequences], [[i] for i in range(len(sequences))])
+            found = self.decode(np.array([s[-1] for s in sequences]), np.array([len(s) - 1 for s in sequences]))
+            ends = np.cumsum([len(s) for s in sequences]) - 1
+            apart = (found.log_softmax(-1) - self.logits(sequences)[ends].log_softmax(-1)).abs().mean().item()
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: the torch engine cannot decode a {self._config.model_type} model ({error}). Use the vllm "
+                "engine"
+            ) from error
+        if not apart <= TOLERANCE[self.dtype]:
+            raise ValueError(
+                f"{path}: the torch engine computes a {self._config.model_type} model wrongly: with its cache log p is "
+                f"{apart:.2g} nats from the model's own. Use the vllm engine"
+            )
+        self._keys, self._values = [], []
 
     # weights
 
-    def _build(self, kind: type, path: str | Path | None, **given: dict[str, Tensor]) -> PreTrainedModel:
-        model = kind.from_pretrained(
-            path, config=self.config, dtype=self.dtype, attn_implementation=self.attention, **given
-        )
+    def _frozen(self, model: PreTrainedModel) -> PreTrainedModel:
         return model.eval().requires_grad_(False).to(self.device)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         given = {name: tensor.detach().clone() for name, tensor in weights}
         raise_mismatches(self._shapes, {name: tuple(t.shape) for name, t in given.items() if name not in self._tied})
         # Through transformers, which alone knows how a checkpoint's tensors are fused in its modules.
-        self.model = self._build(self._kind, None, state_dict=given)
+        model = self._kind.from_pretrained(
+            None, config=self._config, dtype=self.dtype, attn_implementation=self.attention, state_dict=given
+        )
+        self.model = self._frozen(hold_rotation(model, self.longest))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         if self.model is None:
             return
         self._tied = set(self.model.all_tied_weights_keys)
-        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in self._tied}
-        yield from revert_weight_conversion(self.model, state).items()
+        yield from named_tensors(self.model)
 
     # cache rows
 
+    @torch.inference_mode()
     def reserve(self, rows: int, context: int, completion: int) -> None:
         self._capacity = (rows, context)
         self._keys = [self._fit(cache) for cache in self._keys]
@@ -108,6 +129,7 @@ class TransformersDecoder:
         self._keys, self._values = [], []
         self.model = None
 
+    @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         for cache in self._keys + self._values:
             cache[target] = cache[source]
@@ -149,12 +171,22 @@ class TransformersDecoder:
     def decode(self, tokens: Int[np.ndarray, " n"], positions: Int[np.ndarray, " n"]) -> Float[Tensor, "n vocab"]:
         at = torch.from_numpy(positions).to(self.device)
         length = int(positions.max()) + 1
-        visible = torch.arange(length, device=self.device)[None] <= at[:, None]  # [n, length]
         out = self.model(
             input_ids=torch.from_numpy(tokens).to(self.device)[:, None],
             position_ids=at[:, None],
-            attention_mask=visible[:, None, None],
+            attention_mask=self._masks(at, length),
             past_key_values=_Rows(self._keys, self._values, at, length),
             use_cache=True,
         )
         return out.logits[:, 0].float()
+
+    def _masks(self, at: Int[Tensor, " n"], length: int) -> Tensor | dict[str, Tensor]:
+        """Which of `length` cached tokens the tokens at positions `at` see: [n, 1, 1, length], one for each kind of
+        layer where there are several. Eager attention adds its mask to the scores."""
+        back = at[:, None] - torch.arange(length, device=self.device)[None]  # [n, length]
+        masks = {}
+        for kind, window in self.windows.items():
+            visible = ((back >= 0) & (back < (window or length)))[:, None, None]
+            hidden = torch.finfo(self.dtype).min
+            masks[kind] = torch.where(visible, 0.0, hidden).to(self.dtype) if self.attention == "eager" else visible
+        return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -5,7 +5,6 @@ as rows become free; no decision reads a clock."""
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 import time
@@ -21,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rollout.engine import EngineUnusable, FinishReason, Request, Rollout
-from rollout.tokenizer import read_tokenizer
+from rollout.tokenizer import completion_text, folder_tokenizer
 from rollout.torch.decoder import Decoder
 from rollout.torch.rows import Rows
 from rollout.torch.sampler import sample
 from rollout.torch.stop import StopFinder
+from trainer.checkpoint.model_folder import read_config, refusal, text_end
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,12 @@ def build_decoder(
     cache: Literal["auto", "latent", "expanded"],
     kernels: Literal["auto", "native", "torch"],
     keep_routing: bool = False,
+    longest: int | None = None,
 ) -> Decoder:
     """The decoder for a Hugging Face folder, with its weights loaded."""
-    config_file = Path(path) / "config.json"
-    if not config_file.exists():
-        raise FileNotFoundError(f"{path} has no config.json: expected a Hugging Face model folder")
-    if json.loads(config_file.read_text()).get("model_type") == "deepseek_v3":
+    if why := refusal(path, "torch"):
+        raise ValueError(f"{path}: {why}")
+    if read_config(path).get("model_type") == "deepseek_v3":
         from rollout.torch.decode_native import NativeDecoder
         from rollout.torch.decode_v3 import V3Decoder, latent_is_smaller
         from rollout.transport.disk import read_folder
@@ -76,17 +76,7 @@ def build_decoder(
         raise ValueError(f"routing is returned of DeepSeek-V3 models only, {path} is another one")
     from rollout.torch.decode_hf import TransformersDecoder
 
-    return TransformersDecoder(path, dtype=dtype, device=device)
-
-
-def end_tokens(path: str | Path) -> set[int]:
-    """Ids that end a sequence: `eos_token_id` of generation_config.json, else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        file = Path(path) / name
-        found = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        if found is not None:
-            return set(found if isinstance(found, list) else [found])
-    return set()
+    return TransformersDecoder(path, dtype=dtype, device=device, longest=longest)
 
 
 def _names(native: bool, expanded: bool) -> tuple[str, str]:
@@ -130,26 +120,20 @@ class TorchEngine:
             cache=cache,
             kernels=kernels,
             keep_routing=return_routed_experts,
+            longest=max_context,
         )
         self.return_routed_experts, self.sleep_level = return_routed_experts, sleep_level
         self.max_batch = max_batch
         self.max_context = min(max_context or self.decoder.max_positions, self.decoder.max_positions)
-        self.end_tokens = end_tokens(path)
-        self._end_tokens = np.array(sorted(self.end_tokens), np.int64)
-        self.tokenizer = self._load_tokenizer(path)
+        self.tokenizer = folder_tokenizer(path)
+        self.end_tokens = text_end(path, self.tokenizer).ids
+        self._end_tokens = np.array(self.end_tokens, np.int64)
         self._waiting: deque[Request] = deque()
         self._rows = Rows()
         self._ended: list[Rollout] = []
         self._unusable: str | None = None
         self._asleep: tempfile.TemporaryDirectory | None = None
         self._reserved = (0, 0, 0)  # rows, context and completion tokens of the decoder's caches
-
-    @staticmethod
-    def _load_tokenizer(path: str | Path):
-        if not any((Path(path) / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-            log.warning("%s has no tokenizer: rollouts will carry no text, stop strings are refused", path)
-            return None
-        return read_tokenizer(path)
 
     # requests
 
@@ -187,7 +171,7 @@ class TorchEngine:
             raise ValueError(f"request {request.id} has stop strings, but the model folder has no tokenizer")
         if not sampling.ignore_eos and not self.end_tokens:
             raise ValueError(
-                "the model names no eos_token_id in generation_config.json or config.json: set it there, or ask with "
+                "nothing names a token that ends a text: set eos_token_id in generation_config.json, or ask with "
                 "ignore_eos"
             )
 
@@ -391,6 +375,7 @@ class TorchEngine:
         if self.return_routed_experts and running.read and reason != "interrupted":
             read = self.decoder.routing(row, len(running.request.prompt_tokens) + len(tokens) - 1)
             routed = np.pad(read, ((0, 1), (0, 0), (0, 0)), constant_values=-1)
+        ends = self.end_tokens if reason == "stop" and not running.request.sampling.ignore_eos else ()
         return Rollout(
             prompt_id=running.request.prompt_id,
             sample=running.request.sample,
@@ -399,7 +384,7 @@ class TorchEngine:
             logprobs=self._rows.logprobs[row, : len(tokens)].tolist(),
             versions=running.versions,
             finish_reason=reason,
-            text=self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer else "",
+            text=completion_text(self.tokenizer, tokens, ends),
             routed_experts=routed,
         )
 

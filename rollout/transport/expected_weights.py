@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from rollout.transport.payload import Payload, travelling
-from trainer.checkpoint.folder import SCALE
+from trainer.checkpoint.folder import SCALE, FolderReader
+from trainer.checkpoint.model_folder import read_config, text_fields
 
+HEAD = "lm_head.weight"
 
-def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Hugging Face folder, read from the headers of its safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors file; save the model there first")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
-    return shapes
 
 
 class ExpectedWeights:
-    """What a complete update holds: the names and shapes of the model's checkpoint, in the form that the engine keeps
+    """What a complete update holds: the names and shapes that the trainer sends, in the form that the engine keeps
     (`payload` fp8: with a scale behind each quantized weight, whether the folder has them or not). Layers past the last
-    one (the multi-token-prediction head) may stay away unless the engine drafts with them (`prediction`)."""
+    one (the multi-token-prediction head) may stay away unless the engine drafts with them (`prediction`). The
+    head of a tied model is passed over where it comes (but not DeepSeek-V3's: vLLM does not tie it).
+
+    DeepSeek-V3's names are those of its folder. For other models transformers knows them, whatever the folder calls its
+    tensors (old names, copies of a tied head) and however it stores them (.bin)."""
 
     def __init__(self, folder: Path, payload: Payload = None, prediction: bool = False):
-        config = json.loads((folder / "config.json").read_text())
-        self.shapes = checkpoint_shapes(folder)
+        config = read_config(folder)
+        layers, prefix = text_fields(config).get("num_hidden_layers", 0), re.compile(r"model\.layers\.(\d+)\.")
+        if config.get("model_type") == "deepseek_v3":
+            self.shapes = {entry.name: entry.shape for entry in FolderReader(folder).entries.values()}
+        else:
+            from trainer.hf_model import checkpoint_shapes
+
+            self.shapes = checkpoint_shapes(folder)
         if payload == "fp8":
             weights = [(n, shape, torch.bfloat16) for n, shape in self.shapes.items() if not n.endswith(SCALE)]
             self.shapes = {entry.name: entry.shape for entry in travelling(weights, payload)}
-        self.tied = bool(config.get("tie_word_embeddings")) and "lm_head.weight" not in self.shapes
-        layers = config.get("num_hidden_layers", 0)
-        prefix = re.compile(r"model\.layers\.(\d+)\.")
+        self.tied = bool(config.get("tie_word_embeddings")) and HEAD not in self.shapes
         self.needed = {
             name
             for name in self.shapes
@@ -53,7 +50,7 @@ class ExpectedWeights:
         when some never came."""
         seen: set[str] = set()
         for name, tensor in weights:
-            if self.tied and name == "lm_head.weight":
+            if self.tied and name == HEAD:
                 continue
             if name not in self.shapes:
                 raise ValueError(f"the update holds {name!r}, which the engine's checkpoint does not have")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor
 from rollout.transport.base import Entry, Layout
 from trainer.checkpoint.folder import SCALE
 from trainer.checkpoint.hf import stored_as
+from trainer.checkpoint.model_folder import read_config
 from trainer.model.v3_config import FP8_BLOCKS
 from trainer.precision.quantize import FLOAT8, Quantized, quantize_blocks
 
@@ -94,7 +94,7 @@ def dequantized(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Te
 def engine_payload(folder: str | Path, engine_args: Mapping[str, Any]) -> Payload:
     """The payload for vLLM engines on this folder: "fp8" where they hold block-FP8, because the folder does or because
     `engine_args` asks for it (quantization: fp8). ValueError for a quantization or a model that it is not sent for."""
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config = read_config(folder)
     asked, stored = engine_args.get("quantization"), config.get("quantization_config")
     for found, where in ((stored, f"{folder}/config.json"), (asked, "rollout.engine_args")):
         blocks = found == "fp8" if isinstance(found, str) else found is None or {**found, **FP8_BLOCKS} == found

@@ -10,7 +10,6 @@ own, as `rollout.worker` does.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rollout.engine import EngineUnusable, Request, Rollout
+from rollout.tokenizer import completion_text, folder_tokenizer
 from rollout.transport.base import Manifest
 from rollout.transport.expected_weights import ExpectedWeights
 from rollout.transport.payload import engine_payload
@@ -30,17 +30,18 @@ from rollout.vllm.draft import Drafts, keep_temperature_of_drafts
 from rollout.vllm.install import Installed, Installer
 from rollout.vllm.records import all_positions, continued, prompt_logprobs, request_seed, sampled_logprobs
 from rollout.vllm.relay import Relay
-from rollout.vllm.sampling import draw_together
+from rollout.vllm.sampling import draw_together, keep_noise_of_unread_prompts
 from rollout.vllm.serving import check_serving, drafts_from_policy
 from rollout.vllm.start import (
     ENVIRONMENT,
-    TOKENIZER_FILES,
     check_names,
     check_release,
     context_limit,
+    held_rotation,
     installed_release,
     on_cpu,
 )
+from trainer.checkpoint.model_folder import read_config, refusal, text_end
 from trainer.model.v3_config import FP8_BLOCKS
 
 # ---- functions that run inside a vLLM worker; others are in rollout.vllm.install and rollout.vllm.relay ----
@@ -123,7 +124,9 @@ class VLLMEngine:
         arguments = dict(engine_args or {})
         check_names(arguments, [f.name for f in fields(EngineArgs)], release)
         self.on_cpu = current_platform.is_cpu()
-        model = json.loads((folder / "config.json").read_text())
+        if why := refusal(folder, "vllm"):
+            raise ValueError(f"{folder}: {why}")
+        model = read_config(folder)
         check_serving(arguments, model, os.environ, speculates_here=self.speculates_on_cpu or not self.on_cpu)
         if return_routed_experts and self.on_cpu:
             raise ValueError("vLLM's CPU build cannot return routed experts; leave return_routed_experts off there")
@@ -138,7 +141,10 @@ class VLLMEngine:
             arguments |= {"hf_overrides": overrides, "load_format": "dummy"}
             self._unusable = _NO_WEIGHTS
         self._dense_layers = model.get("first_k_dense_replace") or 0
-        self.has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
+        self._tokenizer = folder_tokenizer(folder)
+        self.end_tokens = text_end(folder, self._tokenizer).ids
+        if held := held_rotation(model, self.max_context):
+            arguments["hf_overrides"] = {**held, **arguments.get("hf_overrides", {})}
         arguments |= dict(
             model=str(folder),
             dtype=dtype,
@@ -149,17 +155,19 @@ class VLLMEngine:
             async_scheduling=False,
             enable_sleep_mode=sleep_level > 0 and not self.on_cpu,
             enable_return_routed_experts=return_routed_experts,
-            skip_tokenizer_init=not self.has_tokenizer,
+            skip_tokenizer_init=self._tokenizer is None,
+            trust_remote_code=False,
         )
         arguments.setdefault("disable_log_stats", True)
         if self.on_cpu:
             arguments = on_cpu(arguments)
         self._vllm = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        if not self.on_cpu:
+        if self.on_cpu:
+            self._vllm.engine_core.collective_rpc(keep_noise_of_unread_prompts)
+        else:
             draw_together(self._vllm.engine_core.collective_rpc)
         speculates = arguments.get("speculative_config")
         self._drafts = Drafts(self._vllm.engine_core.engine_core.scheduler) if speculates else None
-        self._tokenizer = self._vllm.get_tokenizer() if self.has_tokenizer else None
         self._running: dict[str, _Running] = {}
         self._held: list[Request] = []  # unfinished ones while the engine sleeps
         self._ended: list[Rollout] = []
@@ -203,6 +211,11 @@ class VLLMEngine:
             )
         if sampling.stop and self._tokenizer is None:
             raise ValueError(f"request {request.id} has stop strings, but the model's folder holds no tokenizer")
+        if not sampling.ignore_eos and not self.end_tokens:
+            raise ValueError(
+                "nothing names a token that ends a text: set eos_token_id in generation_config.json, or ask with "
+                "ignore_eos"
+            )
         if kept is not None and kept.finish_reason != "interrupted":
             raise ValueError(f"request {request.id} continues a rollout that ended with {kept.finish_reason!r}")
 
@@ -220,6 +233,7 @@ class VLLMEngine:
             stop=list(sampling.stop) or None,
             skip_special_tokens=False,  # a stop string may be a special token
             ignore_eos=sampling.ignore_eos,
+            stop_token_ids=None if sampling.ignore_eos else list(self.end_tokens),
             seed=request_seed(sampling.seed, request.prompt_id, request.sample, start),
             logprobs=0,  # the sampled token's alone
             flat_logprobs=True,
@@ -292,7 +306,8 @@ class VLLMEngine:
         base = kept or Rollout(request.prompt_id, request.sample, request.prompt_tokens, [], [], [], "interrupted", "")
         counted = sum(n for _, n in running.segments)
         segments = [*running.segments, (self.version, len(tokens) - counted)]
-        text = self._tokenizer.decode([*base.tokens, *tokens], skip_special_tokens=True) if self._tokenizer else ""
+        ends = self.end_tokens if finish_reason == "stop" and not request.sampling.ignore_eos else ()
+        text = completion_text(self._tokenizer, [*base.tokens, *tokens], ends)
         if routed is not None:
             total = len(request.prompt_tokens) + len(base.tokens) + len(tokens)
             routed = all_positions(routed, total, self._dense_layers)

@@ -1,5 +1,7 @@
 """The noise of all seeded requests of a step at once, where vLLM draws it request by request.
 
+(Beside that, `keep_noise_of_unread_prompts` mends chunked prefill of seeded requests on a CPU.)
+
 Every request has a seed of its own here, so that what it becomes does not depend on its batch. vLLM's sampler gives
 each such request's row a kernel launch and its Python: with 512 requests several milliseconds of a step, more than a
 small model computes. In its place one launch fills all rows (triton_noise.py). Only engines on GPUs are changed,
@@ -68,6 +70,28 @@ def _together(sampler: Any) -> Callable[..., Tensor]:
         return probs.div_(noise).argmax(-1)
 
     return random_sample
+
+
+def keep_noise_of_unread_prompts(worker: Any) -> None:
+    """Makes chunked prefill work with seeded requests on a CPU. vLLM samples a token for a prompt that it has read in
+    part and throws it away; then it turns the request's generator back by an offset, which a CPU's has not. Here such a
+    request has no generator while that token is drawn: its noise begins with its first token, as without chunks."""
+    runner = worker.model_runner
+    for name in ("_sample", "_bookkeeping_sync"):
+        setattr(runner, name, _without_generators_of_unread(runner, getattr(runner, name)))
+
+
+def _without_generators_of_unread(runner: Any, own: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        generators = runner.input_batch.generators
+        unread = np.flatnonzero(runner.discard_request_mask.np[: runner.input_batch.num_reqs]).tolist()
+        taken = {row: generators.pop(row) for row in unread if row in generators}
+        try:
+            return own(*args, **kwargs)
+        finally:
+            generators.update(taken)
+
+    return call
 
 
 def fill_seeded(noise: Tensor, generators: dict[int, torch.Generator]) -> None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint.model_folder import moving_rotations, position_limit, read_config, text_fields
+
 OLDEST, NEWEST = (0, 25, 1), (0, 32, 0)
 CPU_KV_CACHE_BYTES = 1 << 30
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Arguments that the engine's promises rest on: the caller sets them through the constructor or not at all.
 OWN_ARGUMENTS = frozenset(
     "model dtype seed max_model_len max_num_seqs logprobs_mode async_scheduling enable_sleep_mode "
-    "enable_return_routed_experts skip_tokenizer_init".split()
+    "enable_return_routed_experts skip_tokenizer_init trust_remote_code".split()
 )
 # Read by vLLM at import or start. One model runner (V1) on both ends of the range; no multiprocessing, no telemetry;
 # one context position more than the model's for the token that vLLM insists on sampling after a scored sequence.
@@ -74,9 +74,27 @@ def installed_release() -> str:
 
 
 def context_limit(folder: Path, asked: int | None) -> int:
-    limit = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    """The most tokens of prompt and completion: `asked`, else the model's positions. ValueError beyond those."""
+    limit = position_limit(read_config(folder))
     if asked is None and limit is None:
         raise ValueError(f"{folder / 'config.json'} has no max_position_embeddings; give max_context")
     if asked is not None and limit is not None and asked > limit:
         raise ValueError(f"max_context is {asked}, but the model of {folder} was made for {limit} positions")
     return asked if asked is not None else limit
+
+
+def held_rotation(model: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """The hf_overrides that make vLLM turn every sequence as the trainer does (trainer.hf_model.hold_rotation): both
+    LongRoPE factors those of `longest` tokens, and no dynamic NTK, which within the model's positions is none."""
+    fields = text_fields(dict(model))
+    name = next((n for n in ("rope_parameters", "rope_scaling") if fields.get(n)), None)
+    if name is None or not (moving := moving_rotations(fields)):
+        return {}
+    kind, border = moving[0]
+    rope = dict(fields[name])
+    if kind == "dynamic":
+        held = {"rope_type": "default"} | {k: v for k, v in rope.items() if k == "rope_theta"}
+    else:
+        which = "long_factor" if longest > border else "short_factor"
+        held = {**rope, "short_factor": rope[which], "long_factor": rope[which]}
+    return {name: held}

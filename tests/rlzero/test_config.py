@@ -144,7 +144,7 @@ def test_stale_completions_with_a_correction_are_fine(write):
 
 
 def test_a_sample_longer_than_the_policys_context_is_an_error(write, tmp_path):
-    (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 512}')
     found = problems(write(MINIMAL), f"policy.path={tmp_path}", "data.max_prompt_tokens=100", "rollout.max_tokens=413")
     assert "= 513 is longer than the policy's context of 512 tokens" in found[0]
     Config.load(write(MINIMAL), [f"policy.path={tmp_path}", "data.max_prompt_tokens=100", "rollout.max_tokens=412"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.probe import gap, probe_sequences
+from rollout.probe import logprob_diff, probe_sequences
 from tests.rollout.test_vllm_engine import VOCAB, save_tokenizer
 from tests.rollout.vllm_process import CONTEXT, ON_GPU, Engines
 from trainer.checkpoint import hf
@@ -78,7 +78,7 @@ def test_the_sequences_reach_beyond_the_original_context():
 def test_a_bfloat16_folder_gives_the_trainers_log_probabilities(engines, folders):
     """float32 arithmetic on the CPU: 1e-5 at the worst token. BF16 on a GPU: 0.05 in the mean."""
     engine = engines.get("bf16", "bfloat16" if ON_GPU else "float32")
-    found = gap(engine.score(SEQUENCES), trainers(folders["bf16"]))
+    found = logprob_diff(engine.score(SEQUENCES), trainers(folders["bf16"]))
     print(found)
     assert found["mean_abs"] < 0.05 if ON_GPU else found["max_abs"] < 1e-5
 
@@ -88,6 +88,6 @@ def test_an_fp8_folder_gives_the_trainers_log_probabilities(engines, folders):
     """vLLM quantizes activations too, which the trainer's dequantized weights do not: 0.15 in the mean, and much nearer
     to this model than another would be."""
     engine = engines.get("fp8", "bfloat16")
-    found = gap(engine.score(SEQUENCES), trainers(folders["fp8"]))
+    found = logprob_diff(engine.score(SEQUENCES), trainers(folders["fp8"]))
     print(found)
     assert found["mean_abs"] < 0.15

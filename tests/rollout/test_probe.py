@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from rollout.probe import gap, probe_sequences
+from rollout.probe import logprob_diff, probe_sequences
 
 
 def test_gap_of_known_distances():
     engine = [np.array([0.0, -1.0, -2.0]), np.array([0.0, -3.0])]
     trainer = [np.array([0.0, -1.5, -2.0]), np.array([0.0, -2.0])]  # d = -0.5, 0, 1
-    found = gap(engine, trainer)
+    found = logprob_diff(engine, trainer)
     assert found["tokens"] == 3
     assert found["mean_abs"] == pytest.approx(0.5)
     assert found["max_abs"] == pytest.approx(1.0)
@@ -24,22 +24,22 @@ def test_k3_estimates_the_divergence_of_engine_from_trainer():
     p, q = rng.dirichlet(np.ones(16)), rng.dirichlet(np.ones(16) * 8) * 0.5 + 0.5 / 16
     drawn = rng.choice(16, size=400_000, p=p)
     divergence = float((p * np.log(p / q)).sum())
-    assert gap([np.log(p[drawn])], [np.log(q[drawn])], first=0)["k3"] == pytest.approx(divergence, rel=0.03)
+    assert logprob_diff([np.log(p[drawn])], [np.log(q[drawn])], first=0)["k3"] == pytest.approx(divergence, rel=0.03)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_infinitely_far(bad):
-    found = gap([np.array([-1.0, -1.0])], [np.array([-1.0, bad])], first=0)
+    found = logprob_diff([np.array([-1.0, -1.0])], [np.array([-1.0, bad])], first=0)
     assert found["mean_abs"] == found["k3"] == math.inf and found["outside"] == 1.0
 
 
 def test_both_sides_must_hold_the_same_tokens():
     with pytest.raises(ValueError, match="2 sequences of the engine .* 1 of the trainer"):
-        gap([np.zeros(2), np.zeros(2)], [np.zeros(2)])
+        logprob_diff([np.zeros(2), np.zeros(2)], [np.zeros(2)])
     with pytest.raises(ValueError, match="sequence 0 has 3 .* 2 of the trainer"):
-        gap([np.zeros(3)], [np.zeros(2)])
+        logprob_diff([np.zeros(3)], [np.zeros(2)])
     with pytest.raises(ValueError, match="nothing to compare"):
-        gap([np.zeros(1)], [np.zeros(1)])
+        logprob_diff([np.zeros(1)], [np.zeros(1)])
 
 
 def test_probe_is_fixed_and_avoids_special_tokens():

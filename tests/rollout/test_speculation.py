@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rollout.engine import Request, Rollout, Sampling, generate
-from rollout.probe import gap
+from rollout.probe import logprob_diff
 from rollout.transport.ipc import IpcTransport
 from tests.rollout.test_vllm_engine import DTYPE, VOCAB, finish, install, near, save_tokenizer
 from tests.rollout.vllm_process import ON_GPU, Engines, EngineUnderTest, started
@@ -141,7 +141,7 @@ def differences(model: V3Model, rollouts: list[Rollout], temperature: float = TE
     for rollout in rollouts:
         rows = distributions(model, rollout, temperature)[0]
         ours.append(rows.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0].numpy())
-    return gap([np.array(r.logprobs) for r in rollouts], ours, first=0)
+    return logprob_diff([np.array(r.logprobs) for r in rollouts], ours, first=0)
 
 
 def acceptance(rollouts: list[Rollout]) -> float:

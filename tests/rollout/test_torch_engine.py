@@ -125,6 +125,7 @@ TOP_2 = {"num_experts_per_tok": 2}
 OTHERS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen_tied": (Qwen3Config, Qwen3ForCausalLM, dict(tie_word_embeddings=True)),
+    "sliding": (MistralConfig, MistralForCausalLM, dict(sliding_window=6)),
     "mixture": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {"moe_intermediate_size": 16, "num_experts": 4} | TOP_2),
 }
 
@@ -152,10 +153,14 @@ def test_other_causal_models_sleep_and_take_updates(tmp_path, name):
         engine.update(((n, t) for n, t in read_folder(tmp_path / "b") if n != "model.norm.weight"), version=2)
 
 
-def test_sliding_windows_are_refused(tmp_path):
-    make_small(tmp_path, MistralConfig, MistralForCausalLM, sliding_window=16)
-    with pytest.raises(ValueError, match="sliding window of 16"):
-        TorchEngine(tmp_path)
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_that_end_at_different_times_leave_the_others_right(tmp_path, name):
+    config, model, changes = OTHERS[name]
+    reference = make_small(tmp_path, config, model, **changes)
+    asked = [replace(r, sampling=replace(r.sampling, max_tokens=3 + 4 * i)) for i, r in enumerate(requests())]
+    rollouts = generate(TorchEngine(tmp_path, max_batch=5), asked)
+    assert [len(r.tokens) for r in rollouts] == [3 + 4 * i for i in range(12)]
+    assert_matches(reference, rollouts, 2e-5)
 
 
 def test_score_is_the_uncached_forward(folder):

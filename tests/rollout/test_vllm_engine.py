@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rollout.engine import Request, Rollout, Sampling, generate
-from rollout.probe import gap, probe_sequences
+from rollout.probe import logprob_diff, probe_sequences
 from rollout.transport.base import describe_all
 from rollout.transport.expected_weights import ExpectedWeights
 from rollout.transport.ipc import IpcTransport
@@ -140,7 +140,7 @@ class Reference:
         """The engine's log-probabilities of its own completions against these."""
         scores = self.score([[*r.prompt_tokens, *r.tokens] for r in rollouts], temperature)
         ours = [s[len(r.prompt_tokens) :] for r, s in zip(rollouts, scores, strict=True)]
-        return gap([np.array(r.logprobs) for r in rollouts], ours, first=0)
+        return logprob_diff([np.array(r.logprobs) for r in rollouts], ours, first=0)
 
 
 def perturbed(weights: Weights, pattern: str, seed: int) -> Weights:
@@ -227,13 +227,13 @@ def test_scores_are_those_of_transformers(engine, reference, temperature):
     sequences = [*SEQUENCES[:3], SEQUENCES[0][:1], (SEQUENCES[1] * 10)[:CONTEXT]]
     scores = engine.score(sequences, temperature)
     assert [len(s) for s in scores] == [len(s) for s in sequences] and all(s[0] == 0.0 for s in scores)
-    assert near(gap(scores, reference.score(sequences, temperature)))
+    assert near(logprob_diff(scores, reference.score(sequences, temperature)))
 
 
 def test_scoring_leaves_running_requests_alone(engine, reference):
     engine.submit(requests(2))
     scores = engine.score(SEQUENCES[:2], 0.5)
-    assert near(gap(scores, reference.score(SEQUENCES[:2], 0.5)))
+    assert near(logprob_diff(scores, reference.score(SEQUENCES[:2], 0.5)))
     assert near(reference.gap(finish(engine), temperature=0.7))
 
 
@@ -257,12 +257,12 @@ def test_update_reaches_every_kind_of_weight(engine, reference, transport, famil
         weights = perturbed(reference.weights, FAMILIES[family], seed=100 * version + len(family))
         reference.load(weights)
         expected = reference.score(SEQUENCES)
-        assert gap(before, expected)["mean_abs"] > 5e-3, "the noise must be visible, or the test shows nothing"
+        assert logprob_diff(before, expected)["mean_abs"] > 5e-3, "the noise must be visible, or the test shows nothing"
         installed = install(engine, transport, weights, version)
         assert installed.tensors == len(weights)
         if ON_GPU and version == 2:  # the first may have been the one that vLLM installed to show how it is right
             assert installed.way == "direct" and installed.verified == len(weights)
-        assert near(gap(engine.score(SEQUENCES), expected))
+        assert near(logprob_diff(engine.score(SEQUENCES), expected))
         rollouts = generate(engine, requests())
         assert near(reference.gap(rollouts, temperature=0.7))  # decoding reads other copies than scoring
         assert [r.versions for r in rollouts] == [[(version, 16)]] * 6
@@ -339,7 +339,7 @@ def test_wrong_update_poisons_until_a_full_one_succeeds(engine, reference, kind)
             call()
     engine.update(list(new.items()), 2)
     reference.load(new)
-    assert near(gap(engine.score(SEQUENCES), reference.score(SEQUENCES)))
+    assert near(logprob_diff(engine.score(SEQUENCES), reference.score(SEQUENCES)))
 
 
 def test_running_requests_go_on_across_an_update(engine, reference):
@@ -428,7 +428,7 @@ def test_interrupted_rollouts_continue_under_new_weights(engine, reference):
         assert e.tokens[:kept] == s.tokens and e.logprobs[:kept] == s.logprobs
         assert e.versions == [(0, kept), (3, 60 - kept)] and e.finish_reason == "length"
         whole = reference.score([[*e.prompt_tokens, *e.tokens]], 0.7)[0][len(e.prompt_tokens) :]
-        assert near(gap([np.array(e.logprobs[kept:])], [whole[kept:]], first=0))
+        assert near(logprob_diff([np.array(e.logprobs[kept:])], [whole[kept:]], first=0))
 
 
 def test_partial_that_is_already_long_enough_ends_at_once(engine):
@@ -480,7 +480,7 @@ def test_bfloat16_engine_stays_near_transformers_also_after_an_update(engines, r
         weights = {n: w.bfloat16() for n, w in perturbed(reference.weights, pattern, seed=9).items()}
         engine.update(list(weights.items()), version)
         reference.load(weights)
-        assert gap(engine.score(SEQUENCES), reference.score(SEQUENCES))["mean_abs"] < 2e-2
+        assert logprob_diff(engine.score(SEQUENCES), reference.score(SEQUENCES))["mean_abs"] < 2e-2
         assert reference.gap(generate(engine, requests()), temperature=0.7)["mean_abs"] < 2e-2
 
 
@@ -512,7 +512,7 @@ if ON_GPU:
             free.append(torch.cuda.mem_get_info()[0])
         assert min(free[5:]) >= free[4] - (8 << 20) and min(asleep[5:]) >= asleep[4] - (8 << 20)
         reference.load(reference.weights)
-        assert near(gap(engine.score(SEQUENCES), reference.score(SEQUENCES)))
+        assert near(logprob_diff(engine.score(SEQUENCES), reference.score(SEQUENCES)))
 
     @pytest.mark.parametrize("level", [1, 2])
     def test_sleeping_frees_memory_and_waking_brings_the_policy_back(engines, reference, level):
@@ -527,7 +527,7 @@ if ON_GPU:
             with pytest.raises(RuntimeError, match="dropped by sleep level 2"):
                 engine.score(SEQUENCES)
             engine.update(list(reference.weights.items()), 1)
-        assert near(gap(engine.score(SEQUENCES), reference.score(SEQUENCES)))
+        assert near(logprob_diff(engine.score(SEQUENCES), reference.score(SEQUENCES)))
         assert near(reference.gap(generate(engine, requests()), temperature=0.7))
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rollout.probe import gap
+from rollout.probe import logprob_diff
 from rollout.transport.base import describe_all, layout_of
 from rollout.transport.ipc import IpcTransport
 from rollout.vllm.engine import VLLMEngine
@@ -110,12 +110,12 @@ def test_updates_reach_every_worker(engine, reference, transport):
         weights = perturbed(reference.weights, ".", seed=version)
         reference.load(weights)
         expected = reference.score(SEQUENCES)
-        assert gap(before, expected)["mean_abs"] > 5e-3, "the noise must be visible, or the test shows nothing"
+        assert logprob_diff(before, expected)["mean_abs"] > 5e-3, "the noise must be visible, or the test shows nothing"
         installed = install(engine, transport, weights, version)
         assert installed.tensors == len(weights)
         if ON_GPU and version > 1:
             assert (installed.way, installed.verified) == ("direct", len(weights))
-        assert near(gap(engine.score(SEQUENCES), expected))
+        assert near(logprob_diff(engine.score(SEQUENCES), expected))
         assert near(reference.gap(generate(engine, requests()), temperature=0.7))
         before = expected
 
@@ -130,7 +130,7 @@ def test_weights_that_arrive_damaged_are_named_and_the_next_update_heals(engine,
         engine.score(SEQUENCES[:1])
     install(engine, transport, reference.weights, 5)
     reference.load(reference.weights)
-    assert near(gap(engine.score(SEQUENCES), reference.score(SEQUENCES)))
+    assert near(logprob_diff(engine.score(SEQUENCES), reference.score(SEQUENCES)))
 
 
 def test_incomplete_weights_are_refused_and_the_next_update_heals(engine, reference, transport):
@@ -138,7 +138,7 @@ def test_incomplete_weights_are_refused_and_the_next_update_heals(engine, refere
         engine.take(transport.publish(without(reference.weights, EXPERT), 6), 6)
     install(engine, transport, reference.weights, 7)
     reference.load(reference.weights)
-    assert near(gap(engine.score(SEQUENCES), reference.score(SEQUENCES)))
+    assert near(logprob_diff(engine.score(SEQUENCES), reference.score(SEQUENCES)))
 
 
 def fail_next(worker, rank: int) -> None:
@@ -161,7 +161,7 @@ def test_a_worker_that_raises_is_named_and_the_next_update_heals(engine, referen
     weights = perturbed(reference.weights, ".", seed=10)
     install(engine, transport, weights, 10)
     reference.load(weights)
-    assert near(gap(engine.score(SEQUENCES), reference.score(SEQUENCES)))
+    assert near(logprob_diff(engine.score(SEQUENCES), reference.score(SEQUENCES)))
 
 
 # ---- direct updates in every worker: vLLM's own layers, loaders and reload, without what its CPU build repacks ----
@@ -284,7 +284,7 @@ if ON_GPU:
             installed = install(engine, transport, weights, version)
             if version > 1:
                 assert (installed.way, installed.verified) == ("direct", len(weights))
-            assert near(gap(engine.score(SEQUENCES), reference.score(SEQUENCES)))
+            assert near(logprob_diff(engine.score(SEQUENCES), reference.score(SEQUENCES)))
 
     def test_weights_from_the_host_reach_gpus_too(engines, reference):
         engine = engines.get("v3", DTYPE, tensor_parallel_size=2, enable_expert_parallel=True)
@@ -292,4 +292,4 @@ if ON_GPU:
             weights = perturbed(reference.weights, ".", seed=40 + version)
             reference.load(weights)
             engine.update(list(weights.items()), version)
-            assert near(gap(engine.score(SEQUENCES), reference.score(SEQUENCES)))
+            assert near(logprob_diff(engine.score(SEQUENCES), reference.score(SEQUENCES)))

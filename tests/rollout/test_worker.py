@@ -14,7 +14,7 @@ import ray
 import torch
 
 from rollout.engine import Request, Sampling, generate
-from rollout.probe import gap, probe_sequences
+from rollout.probe import logprob_diff, probe_sequences
 from rollout.torch.engine import TorchEngine
 from rollout.transport.disk import DiskTransport
 from rollout.transport.ipc import IpcTransport
@@ -111,8 +111,8 @@ def test_update_through_a_transport_makes_the_engine_the_new_policy(worker, fold
     sender = senders[transport]()
     handle = sender.publish(hf.named_checkpoint_tensors(new), version)
     assert ray.get(worker.update.remote(handle, version)) == version
-    assert ray.get(worker.probe.remote(SEQUENCES, expected(folder, new)))["max_abs"] < 1e-5
-    assert ray.get(worker.probe.remote(SEQUENCES, expected(folder, model(0))))["mean_abs"] > 1e-2
+    assert logprob_diff(ray.get(worker.score.remote(SEQUENCES)), expected(folder, new))["max_abs"] < 1e-5
+    assert logprob_diff(ray.get(worker.score.remote(SEQUENCES)), expected(folder, model(0)))["mean_abs"] > 1e-2
 
 
 def test_handle_of_another_version_is_refused_and_changes_nothing(worker, tmp_path):
@@ -157,13 +157,13 @@ def test_vllm_worker_takes_weights_from_the_object_store_and_leaves_no_process(a
     new = model(3)
     handle = ObjectStoreTransport(1 << 20).publish(hf.named_checkpoint_tensors(new), 4)
     assert ray.get(actor.update.remote(handle, 4)) == 4
-    assert ray.get(actor.probe.remote(SEQUENCES, expected(folder, new)))["max_abs"] < 1e-5
+    assert logprob_diff(ray.get(actor.score.remote(SEQUENCES)), expected(folder, new))["max_abs"] < 1e-5
     ray.get(actor.submit.remote(requests()))
     rollouts = finish(actor)
     assert [r.versions for r in rollouts] == [[(4, 12)]] * 4
     scored = ray.get(actor.score.remote([[*r.prompt_tokens, *r.tokens] for r in rollouts]))
     written = [s[len(r.prompt_tokens) :] for r, s in zip(rollouts, scored, strict=True)]
-    assert gap([np.array(r.logprobs) for r in rollouts], written, first=0)["max_abs"] < 1e-5
+    assert logprob_diff([np.array(r.logprobs) for r in rollouts], written, first=0)["max_abs"] < 1e-5
 
     process = psutil.Process(ray.get(actor.ping.remote())["pid"])
     assert process.children(recursive=True) == []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.folder import SCALE, Entry, FolderReader, FolderWriter, refuse
+from trainer.checkpoint.model_folder import read_config
 from trainer.model.layers import SwiGLU
 from trainer.model.moe import MoE
 from trainer.model.v3 import Block, V3Model
@@ -226,7 +227,7 @@ def convert_folder(source: str | Path, target: str | Path, format: Format, shard
     `V3Config.load` and `FolderReader.check` raise."""
     source, target = Path(source), Path(target)
     V3Config.load(source)
-    config = json.loads((source / "config.json").read_text())
+    config = read_config(source)
     config.pop("quantization_config", None)
     config["dtype" if "dtype" in config else "torch_dtype"] = str(DTYPE[format]).removeprefix("torch.")
     if format == "fp8":

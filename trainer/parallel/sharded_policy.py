@@ -21,12 +21,13 @@ from torch.utils import _pytree as pytree
 
 from trainer.checkpoint import hf
 from trainer.checkpoint.folder import FolderReader
+from trainer.checkpoint.model_folder import read_config
 from trainer.model.moe import MoE, Routing
 from trainer.model.v3 import V3Model, V3Output
 from trainer.model.v3_config import V3Config
 from trainer.parallel.experts import ExpertExchange, LocalExperts
 from trainer.parallel.ranks import Ranks
-from trainer.policy import Policy, PolicyOptions, V3Policy, load_policy, read_config
+from trainer.policy import Policy, PolicyOptions, V3Policy, load_policy
 
 # FSDP looks for the tensors of a module's output, whose gradients start its work, through these.
 for _record in (V3Output, Routing):
@@ -368,6 +369,7 @@ def load_sharded_policy(options: PolicyOptions, ranks: Ranks, seed: int = 0) -> 
         module = V3Model(config, options.recipe, options.activation_checkpointing)
     policy = ShardedV3Policy(module.to(getattr(torch, options.dtype)), options, ranks)
     policy.load_weights(Path(options.path))
+    policy.try_saving()
     return policy
 
 
