@@ -344,6 +344,9 @@ def code_reward(
     return score(outcomes, parsed, credit)
 
 
+code_reward.expects = "a whole program in a fenced block, ```python ... ```, the last one counts"  # type: ignore[attr-defined]
+
+
 def score(outcomes: list[Outcome], tests: Tests, credit: Credit) -> Score:
     """The `Score` of the outcomes of `check`."""
     count = len(tests.tests if isinstance(tests, AssertTests) else tests.inputs)

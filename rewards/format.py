@@ -50,5 +50,10 @@ def format_reward(completion: str, think_tag: ThinkTag = "either", end_of_text: 
     return Score(1.0, "correct")
 
 
+format_reward.expects = (  # type: ignore[attr-defined]
+    "<think>...</think> <answer>...</answer> and nothing else, each tag once"
+)
+
+
 def _no(why: str) -> Score:
     return Score(0.0, "wrong", detail=why)

@@ -101,9 +101,12 @@ def evaluate(
     from rlzero import launch
     from rlzero.eval import run
     from rlzero.eval.evaluate import summarise
+    from rlzero.rl.diagnosis import diagnose
 
     launch.check_rewards(settings)
     groups = run.run(settings, output, say=typer.echo)
+    if (why := diagnose(groups, settings, training=False)) is not None:
+        typer.echo(why, err=True)
     for name, value in summarise(groups, settings.rewards).items():
         typer.echo(f"{name:<18} {value:.4g}")
 

@@ -126,3 +126,6 @@ def explain(
 math_reward.warm = checker.warm  # type: ignore[attr-defined]
 math_reward.explain = explain  # type: ignore[attr-defined]
 math_reward.check_row = check_row  # type: ignore[attr-defined]
+math_reward.expects = (  # type: ignore[attr-defined]
+    "one final value in \\boxed{...}, or inside <answer>...</answer>, behind </think> where it thinks"
+)

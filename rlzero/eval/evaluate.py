@@ -26,8 +26,14 @@ def judge(scores: Sequence[Score | None], rewards: Sequence[Reward]) -> Score | 
     """The score whose verdict says what a completion is (correct, wrong, unparsed, timeout, error): that of the reward
     of the greatest weight that applies to the row, the first of equals. So the task's own checker decides, not those
     of form beside it. None where no reward applies."""
-    applying = [(reward.weight, score) for score, reward in zip(scores, rewards, strict=True) if score is not None]
-    return max(applying, key=lambda pair: pair[0])[1] if applying else None  # max keeps the first of equals
+    index = deciding(scores, rewards)
+    return None if index is None else scores[index]
+
+
+def deciding(scores: Sequence[Score | None], rewards: Sequence[Reward]) -> int | None:
+    """Which of the rewards `judge` listens to."""
+    applying = [i for i, score in enumerate(scores) if score is not None]
+    return max(applying, key=lambda i: rewards[i].weight, default=None)  # max keeps the first of equals
 
 
 def is_correct(scores: Sequence[Score | None], rewards: Sequence[Reward]) -> bool | None:

@@ -26,6 +26,7 @@ from rlzero.data.prompts import PromptStream, load_prompts, load_tokenizer
 from rlzero.eval import evaluate
 from rlzero.plan import of_run as plan
 from rlzero.report.log import RunLog
+from rlzero.rl.diagnosis import diagnose
 from rlzero.rl.groups import Graded, Group
 from rlzero.rl.metrics import RolloutStats, staleness
 from rlzero.rl.rollouts import Writer
@@ -266,6 +267,8 @@ class Run:
 
     def count(self, step: int, graded: Graded) -> None:
         """What came of one sampling round, before zero-variance groups are dropped."""
+        if step == 0 and step not in self._written and (why := diagnose(graded.groups, self.config, training=True)):
+            self.watch(why, {})
         written = self._written.setdefault(step, RolloutStats())
         written.rounds.append(graded)
         written.partial = len(self.writer.carried)

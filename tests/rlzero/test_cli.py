@@ -194,11 +194,13 @@ def test_a_folder_with_a_run_in_it_is_not_trained_into_by_accident(monkeypatch, 
 
 def test_eval_prints_the_figures_and_its_dump_trains_one_step(monkeypatch, capsys, config_file, tmp_path):
     dumped = tmp_path / "groups.jsonl"
-    code, out, err = run(monkeypatch, capsys, "eval", config_file, "rollout.engine=torch", "--output", dumped)
+    more = ("rollout.engine=torch", "evaluation.prompts=8", "--output", dumped)
+    code, out, err = run(monkeypatch, capsys, "eval", config_file, *more)
     assert code == 0, err
+    assert "countdown_reward, which expects one expression over the given numbers inside <answer>" in err
     assert re.search(r"^pass_at_1 +0\b", out, re.M) and re.search(r"^n +2$", out, re.M)
     groups = dump.load(dumped)
-    assert [len(group.rollouts) for group in groups] == [2, 2]
+    assert [len(group.rollouts) for group in groups] == [2] * 8
     code, out, err = run(monkeypatch, capsys, "train", config_file, "--from-dump", dumped)
     assert code == 0, err
     assert re.search(r"^grad_norm ", out, re.M), out

@@ -116,3 +116,8 @@ def countdown_reward(
     if value != target:
         return Score(0.0, "wrong", detail=f"equals {value}, the target is {target}")
     return Score(1.0, "correct", detail=f"equals {value}")
+
+
+countdown_reward.expects = (  # type: ignore[attr-defined]
+    "one expression over the given numbers inside <answer>...</answer>, behind </think> where it thinks"
+)
