@@ -18,8 +18,8 @@ MAX_FINAL_CHARACTERS = 200_000
 # A turn that the model plays for somebody else. Looked for in the answer part only: reasoning may quote a dialogue.
 _TURN = re.compile(
     r"\n(?:[ \t#*>]*(?:user|human|assistant|system|question|problem|instruction|q)[ \t*]*:"
-    r"|#{1,6}[ \t]*(?:user|human|assistant|system|instruction|problem|question)\b)",
-    re.I,
+    r"|#{1,6}[ \t]*(?:user|human|assistant|system|instruction|problem|question)(?:[ \t]*\d+)?[ \t*]*(?::|$))",
+    re.I | re.M,
 )
 
 # Spellings that a lenient reader would take for the tag, so that what is in them is not clearly the answer.
@@ -47,7 +47,7 @@ def cut_at_end(completion: str) -> str:
 
 
 def final_part(completion: str, answer_tag: AnswerTag = "auto", require_think: bool = False) -> Final:
-    """What follows the last `</think>`, inside `<answer>` when the template has it (R1-Zero, arXiv 2501.12948).
+    """What follows `</think>`, inside `<answer>` when the template has it (R1-Zero, arXiv 2501.12948).
 
     The text is cut at an end-of-sequence token and where the model begins another speaker's turn. A completion without
     any think tag is taken whole unless `require_think`; one whose reasoning is still open has no final part. The answer
@@ -64,6 +64,8 @@ def final_part(completion: str, answer_tag: AnswerTag = "auto", require_think: b
     if turn:
         text = text[: turn.start()]
     last_close = text.rfind("</think>")
+    if last_close > first_close:
+        return Final(None, "several </think>: where the reasoning ends is not clear")
     if last_close < 0 and (require_think or "<think>" in text):
         return Final(None, "the reasoning is not closed: no </think>")
     part = text[last_close + len("</think>") :] if last_close >= 0 else text

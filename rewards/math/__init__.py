@@ -1,9 +1,6 @@
-"""Mathematical answers: strict extraction, exact comparison, Math-Verify behind guards. Imports neither torch nor
-sympy.
-"""
+"""Mathematical answers: strict extraction, complete reading, exact comparison. Imports neither torch nor sympy."""
 
-from rewards.math.equality import Decision, decide, equal
-from rewards.math.reward import math_reward
-from rewards.math.verify import VerifierError
+from rewards.math.equality import Decision, decide
+from rewards.math.reward import GoldError, equal, math_reward
 
-__all__ = ["Decision", "VerifierError", "decide", "equal", "math_reward"]
+__all__ = ["Decision", "GoldError", "decide", "equal", "math_reward"]

@@ -10,7 +10,8 @@ from typing import Literal
 
 from rewards.extract import AnswerTag, final_part
 from rewards.math.context import HIDDEN, same_value, spoken_against
-from rewards.math.normal import Unreadable, normalise
+from rewards.math.normal import SAME_CHARACTERS, Unreadable, closing, normalise
+from rewards.math.phrase import stated_value
 
 MAX_BOXES = 64
 MAX_BOX_CHARACTERS = 3_000
@@ -22,21 +23,26 @@ _BOX = re.compile(r"(?<!\\)\\f?boxed\b\s*")
 
 @dataclass(frozen=True)
 class Found:
-    """The text of the value, or None with the reason. `exact` says that it stood in a box."""
+    """The text of the value, or None with the reason."""
 
     text: str | None
     why: str
 
 
 def find_answer(
-    completion: str, boxed: Boxed = "auto", answer_tag: AnswerTag = "auto", require_think: bool = False
+    completion: str,
+    boxed: Boxed = "auto",
+    answer_tag: AnswerTag = "auto",
+    require_think: bool = False,
+    strict: bool = False,
 ) -> Found:
     r"""What the completion states as its one final value.
 
     In the final part (rewards.extract) code, comments and struck text are dropped; then the last `\boxed{}` counts.
     None when a box is not closed, boxes differ, the box is denied ("not \boxed{7}"), or the text behind it retracts it
-    or states another value. Without a box the content of `<answer>` counts, unless `boxed` is `required`; a completion
-    with neither states nothing.
+    or states another value. Without a box the content of `<answer>` counts, unless `boxed` is `required`: as it stands
+    or, unless `strict`, the one value of a short phrase (see rewards.math.phrase). A completion with neither states
+    nothing.
     """
     final = final_part(completion, answer_tag, require_think)
     if final.text is None:
@@ -44,10 +50,12 @@ def find_answer(
     part = final.text
     if "\\boxed" not in part and "\\fboxed" not in part:
         if boxed == "auto" and final.why == "inside <answer>" and answer_tag != "never":
-            return Found(part.strip(), "the content of <answer>") if part.strip() else Found(None, "<answer> is empty")
+            return _unboxed(part.strip(), strict)
         return Found(None, "no \\boxed{}")
     last_box = part.rfind("\\boxed{")
-    if last_box >= 0 and _closing(part, last_box + len("\\boxed")) is None:  # before anything that takes long
+    if (
+        last_box >= 0 and closing(part, last_box + len("\\boxed"), MAX_BOX_CHARACTERS) is None
+    ):  # before anything that takes long
         return Found(None, _UNCLOSED)
     part = HIDDEN.sub(" ", part)
     boxes: list[tuple[int, int, str]] = []  # start, end, content
@@ -55,7 +63,7 @@ def find_answer(
     while match := _BOX.search(part, position):
         if match.end() >= len(part) or part[match.end()] != "{":
             return Found(None, "a \\boxed without braces")
-        end = _closing(part, match.end())
+        end = closing(part, match.end(), MAX_BOX_CHARACTERS)
         if end is None:
             return Found(None, _UNCLOSED)
         boxes.append((match.start(), end + 1, part[match.end() + 1 : end]))
@@ -69,6 +77,7 @@ def find_answer(
     texts = [_unwrap(content) for _, _, content in boxes]
     if any(_BOX.search(text) for text in texts):
         return Found(None, "a box inside a box")
+    seen = part.translate(SAME_CHARACTERS)
     try:
         canonical = [normalise(text) for text in texts]
         if any(not same_value(canonical[-1], other) for other in canonical[:-1]):
@@ -77,7 +86,7 @@ def find_answer(
         if not last:
             return Found(None, "the box is empty")
         for index, (start, end, _) in enumerate(boxes):
-            why = spoken_against(part, start, end, last, index == len(boxes) - 1)
+            why = spoken_against(seen, start, end, last, index == len(boxes) - 1)
             if why is not None:
                 return Found(None, why)
     except Unreadable as refused:
@@ -85,22 +94,13 @@ def find_answer(
     return Found(texts[-1].strip(), "the last \\boxed{}")
 
 
-def _closing(text: str, opening: int) -> int | None:
-    depth, position = 0, opening
-    limit = min(len(text), opening + MAX_BOX_CHARACTERS)
-    while position < limit:
-        character = text[position]
-        if character == "\\":
-            position += 2
-            continue
-        if character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return position
-        position += 1
-    return None
+def _unboxed(content: str, strict: bool) -> Found:
+    if not content:
+        return Found(None, "<answer> is empty")
+    value = None if strict else stated_value(content)
+    if value is None:
+        return Found(content, "the content of <answer>")
+    return Found(value, "the content of <answer>" if value == content else "the one value of a phrase in <answer>")
 
 
 def _unwrap(content: str) -> str:
@@ -110,7 +110,7 @@ def _unwrap(content: str) -> str:
         if match is None:
             return content
         inner = content.strip()
-        end = _closing(inner, match.end()) if inner[match.end() : match.end() + 1] == "{" else None
+        end = closing(inner, match.end()) if inner[match.end() : match.end() + 1] == "{" else None
         if end != len(inner) - 1:
             return content
         content = inner[match.end() + 1 : end]

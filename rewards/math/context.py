@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import re
 
-from rewards.math.normal import Unreadable, key, measured, normalise
-from rewards.math.rational import rational
+from rewards.math.equality import decide
+from rewards.math.normal import Unreadable, normalise
 
 BEFORE_CHARACTERS = 200
 AFTER_CHARACTERS = 5_000
@@ -57,9 +57,7 @@ _RETRACTED = re.compile(
     r"(?:fails?|failed) (?:the|this|to|check)|contradict|"
     r"(?:but|yet|however|though|although) (?:that|this|it|i|my|we|the (?:truth|correct|real|actual|true|final|right"
     r"|answer))\b|"
-    r"(?:real|actual|true|correct|final|right) (?:answer|value|result)(?: is|:)|"
-    r"(?:or(?! (?:about|approximately|roughly|equivalently|simply|around|in other|just|\$?\\approx|≈))"
-    r"|alternatively|otherwise|maybe|perhaps|possibly|also|leaving|except)\b[^.\n]{0,20}\d|"
+    r"(?:alternatively|otherwise|maybe|perhaps|possibly|also|leaving|except)\b[^.\n]{0,20}\d|"
     r"(?:also|another|other|second|equally)\b[^.\n]{0,24}\b(?:possible|answers?|solutions?|values?|possibilit|valid"
     r"|works)|"
     r"changed? my mind|ignore (?:this|that|the)|sorry|just kidding|not really)",
@@ -70,15 +68,27 @@ _RESTATED = re.compile(
     r"|=))[\s*:]*(?P<value>[^\n]{1,80})",
     re.I,
 )
+# What follows must be the value of the box once more.
+_AGAIN = re.compile(
+    r"(?:\b(?:real|actual|true|correct|final|right) (?:answer|value|result)(?: is|:)"
+    r"|\bor(?! (?:about|approximately|roughly|equivalently|simply|around|in other|just|\$?\\approx|≈))"
+    r"(?=[^.\n]{0,20}\d))"
+    r"(?P<value>[^\n]{0,80})",
+    re.I,
+)
 _STATED_NUMBER = re.compile(
     r"(?:is |equals |just |exactly |about |therefore )*[$\\(\[*\s]*"
     r"(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?|\\[dt]?frac\s*\{[^{}]*\}\{[^{}]*\})"
+)
+_FORMULA = re.compile(
+    r"[\s*:,]*(?:(?:is|equals|just|simply|exactly|therefore|thus|again)\b[\s:]*)*"
+    r"(?:\$\$?([^$]+)\$|\\\((.+?)\\\)|\\boxed\{([^{}]+)\}|([-−]?\\?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s?\\?%?))"
 )
 # Right in front of the box: an operator, a relation that is no equation, a digit, the opening brace of a command.
 _OPERATOR_BEFORE = re.compile(
     r"(?:[+/^_<>!]|(?<!\*)\*(?!\*)|\\(?:cdot|times|div|pm|mp|le|leq|leqslant|ge|geq|geqslant|lt|gt|sqrt|frac|dfrac"
     r"|tfrac|neg|lnot|not|notin|cup|cap|"
-    r"setminus|ll|gg|sim|equiv|mid)|\d|(?:^|[$=(\[{,]|\d)\s*-)\s*[$({]*\s*$|-$|\}\s*\{$"
+    r"setminus|ll|gg|sim|equiv|mid|sin|cos|tan|ln|log|exp)(?:\\left)?|(?<![A-Za-z])[A-Za-z](?=\()|\d|(?:^|[$=(\[{,]|\d)\s*-)\s*[$({]*\s*$|-$|\}\s*\{$"
 )
 _BRACE_BEFORE = re.compile(
     r"(?:\\([a-zA-Z]+)|([\^_]))\s*(?:\[[^\]]*\])?\s*\{\s*(?:\\(?:displaystyle|bf|large|Large)\s*)?$"
@@ -125,7 +135,12 @@ def spoken_against(part: str, start: int, end: int, value: str, last: bool) -> s
 
 
 def _goes_on(after: str, value: str) -> bool:
-    if re.match(r"[0-9A-Za-z_\\{]|\.\d", after) and not re.match(r"\\", after):
+    if re.match(r"[0-9A-Za-z_{]|\.\d|,\d{3}|(?:\\[,;:! ]|~|\{,\})+\s*\d", after):
+        return True
+    closed = re.match(r"\s*(?:(?:\\right\s*)?[)\]|]\s*)+", after)
+    if closed and re.match(
+        r"(?:\^(?!\s*\{?\s*\\circ)|_|![\s$]*$|\d|\\(?:cdot|times|div)|[*/]|[-+]\s*\d)", after[closed.end() :]
+    ):
         return True
     text = after.lstrip(" \t")
     if text.startswith("^"):
@@ -157,10 +172,14 @@ def _restates(text: str, value: str) -> bool:
 def _taken_back(after: str, value: str) -> str | None:
     if _RETRACTED.search(after):
         return "the text behind the box takes it back"
+    for again in _AGAIN.finditer(after):
+        formulas = _FORMULA.match(again["value"])
+        if not formulas or not any(_same(value, text.strip().rstrip(".")) for text in formulas.groups() if text):
+            return "the text behind the box takes it back"
     for stated in _RESTATED.finditer(after):
         number = _STATED_NUMBER.match(stated["value"])
         if number and not _same(value, number[1].rstrip(".,")):
-            if rational(measured(value).text) is not None or number.end() == len(stated["value"].rstrip(" .$*)")):
+            if decide("0", value).rule == "exact rational" or number.end() == len(stated["value"].rstrip(" .$*)")):
                 return "the text behind the box states another value"
     return None
 
@@ -173,8 +192,5 @@ def _same(one: str, other: str) -> bool:
 
 
 def same_value(one: str, other: str) -> bool:
-    """Whether two canonical texts are the same characters or the same rational number, units aside."""
-    if key(one) == key(other):
-        return True
-    first = rational(measured(one).text)
-    return first is not None and first == rational(measured(other).text)
+    """Whether two canonical texts state the same value, units aside."""
+    return decide(one, other).equal or decide(other, one).equal

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
 from functools import lru_cache
 
 MAX_CHARACTERS = 3_000
@@ -32,6 +31,7 @@ _PLAIN = {
     "∕": "/",
     "⁄": "/",
     "√": "\\sqrt ",
+    "∛": "\\sqrt[3]",
     "π": "\\pi ",
     "θ": "\\theta ",
     "α": "\\alpha ",
@@ -70,10 +70,7 @@ _PLAIN = {
     "“": '"',
     "”": '"',
     "ℝ": "\\mathbb{R}",
-    "€": "\\$",
-    "£": "\\$",
-    "￥": "\\$",
-    "¥": "\\$",
+    "￥": "¥",
     "\u00a0": " ",
     "\u2009": " ",
     "\u202f": " ",
@@ -84,33 +81,36 @@ _PLAIN = {
 _PLAIN |= {chr(0xFF10 + d): str(d) for d in range(10)}  # full-width digits
 _PLAIN |= {chr(0xFF21 + i): chr(65 + i) for i in range(26)} | {chr(0xFF41 + i): chr(97 + i) for i in range(26)}
 _TABLE = str.maketrans(_PLAIN)
+# One character for one, so that places in a text stay what they are.
+SAME_CHARACTERS = str.maketrans({k: v for k, v in _PLAIN.items() if len(v) == 1})
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
+_CLOSERS = {"(": ")", "[": "]", "{": "}"}
 _SPACING = re.compile(
     r"(?<!\\)\\(?:,|!|;|:|>|\s)|~|\\(?:quad|qquad|thinspace|enspace|hspace\{[^{}]*\}|hfill|displaystyle|textstyle"
-    r"|limits)(?![a-zA-Z])"
+    r"|limits|[hv]?phantom(?:\s*\{[^{}]*\}|\s*[^\s\\{}]))(?![a-zA-Z])"
 )
 _SIZING = re.compile(
-    r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|Biggl?|Biggr)(?![a-zA-Z])\s*\.?(?=[\s()\[\]{}|\\<>/]|$)"
+    r"\\(?:left|right|middle|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|Biggl?|Biggr)(?![a-zA-Z])\s*\.?(?=[\s()\[\]{}|\\<>/]|$)"
 )
 _WRAPPER = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|textsf|textsc|emph|mbox|hbox|mathrm|mathbf|mathit|mathsf"
     r"|operatorname\*?|boldsymbol|rm|bf)\s*\{([^{}]*)\}"
 )
-_FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
-_FRAC_DIGITS = re.compile(r"\\frac\s*([0-9])\s*([0-9])")
-_FRAC_FIRST = re.compile(r"\\frac\s*([0-9a-zA-Z])\s*(?=\{)")
-_FRAC_SECOND = re.compile(r"(\\frac\{[^{}]*\})\s*([0-9a-zA-Z])")
-_SQRT_BARE = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
+_DOLLARS = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.)+?)(?<![\s\\])\$\$?(?!\d)", re.S)
+_BRACKETS = re.compile(r"\\\((.*?)\\\)|(?<!\\)\\\[(.*?)\\\]", re.S)
 _THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:(?:,|\{,\})\d{3})+)(?!\d|,\d|\{,\})")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d ]*\d)")
-_BRACED_CHARACTER = re.compile(r"([\^_])\{([0-9a-zA-Z])\}")
-_FUNCTIONS = frozenset(
-    (
-        "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lg gcd lcm min max det mod deg dim ker"
-    ).split()
+_POINTED_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?![\d.,])")  # 1.234,5
+FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp".split())
+_BARE = re.compile(
+    r"(?<![\\a-zA-Z{])(sin|cos|tan|cot|sec(?!\s*$)|csc|arcsin|arccos|arctan|ln|log|exp|sqrt|pi|infty)(?![a-zA-Z])"
 )
-_MATH_TEXT = re.compile(r"[-+]?[\d.,/^]+%?|[a-zA-Z]|\([A-Za-z]\)")
+_MATH_TEXT = re.compile(r"[-+]?[\d.,/^_]+%?|[a-zA-Z]|\([A-Za-z]\)")
+_UNIT_LETTERS = frozenset("mgshlLNJWVK")  # \text{m} behind a number is a metre, not a variable
+_TEXT_PIECE = re.compile(r"\s*(?:[,;]|(?<![\w])(?:and|or)(?![\w]))\s*")
+_COUNTED = re.compile(r"([-+]?(?:\\?\$)?\d[\d.,/:]*%?)\s+([A-Za-z][A-Za-z .]*)")
+_HEAD = re.compile(r"\\([dtc]?frac|[dt]?binom|sqrt)(?![a-zA-Z])|[\^_]")
 
 
 def visible(text: str) -> str:
@@ -137,12 +137,90 @@ def visible(text: str) -> str:
 
 
 def _wrapped(match: re.Match[str]) -> str:
-    inner = match.group(1).strip()
-    if _MATH_TEXT.fullmatch(inner):
-        return inner + " "
-    if inner in _FUNCTIONS:
+    """A text wrapper: numbers, single letters and functions come out of it, its commas and conjunctions too."""
+    inner = " ".join(match.group(1).split())
+    if (inner in _UNIT_LETTERS or inner == "sec") and re.search(
+        r"(?:[\d)}/]|\\pi)\s*$", match.string[max(0, match.start() - 9) : match.start()]
+    ):
+        return f"\\text{{{inner}}}"
+    if inner in FUNCTIONS:
         return f"\\{inner} "
-    return f"\\text{{{' '.join(inner.split())}}}"
+    pieces = _TEXT_PIECE.split(inner)
+    return " and ".join(_worded(piece.strip()) for piece in pieces) if len(pieces) > 1 else _worded(inner)
+
+
+def _worded(piece: str) -> str:
+    if _MATH_TEXT.fullmatch(piece):
+        return piece + " "
+    counted = _COUNTED.fullmatch(piece)
+    if counted:
+        return f"{counted[1]}\\text{{{counted[2]}}}"
+    return f"\\text{{{piece}}}" if piece else ""
+
+
+def _braced(text: str) -> str:
+    """Every argument of a fraction, root, binomial, power and index in braces: `\\frac\\pi4`, `x^10`, `\\sqrt2`."""
+    pieces, position = [], 0
+    while match := _HEAD.search(text, position):
+        pieces.append(text[position : match.start()])
+        command, position = match[1], match.end()
+        pieces.append("\\" + command.lstrip("dtc") if command else match[0])
+        if command == "sqrt" and re.match(r"\s*\[", text[position:]):
+            opening = text.index("[", position)
+            close = _closed(text, opening)
+            pieces.append(f"[{_braced(text[opening + 1 : close])}]")
+            position = close + 1
+        for _ in range(2 if command and command != "sqrt" else 1):
+            argument, position = _argument(text, position, match[0] if not command else command)
+            pieces.append(argument)
+    return "".join(pieces) + text[position:]
+
+
+def _argument(text: str, position: int, head: str) -> tuple[str, int]:
+    """The braced argument at `position` and where it ends; nothing where there is none."""
+    while text[position : position + 1] == " ":
+        position += 1
+    first = text[position : position + 1]
+    if first == "{" or (first == "(" and head in ("sqrt", "^")):
+        close = _closed(text, position)
+        return "{" + _braced(text[position + 1 : close]) + "}", close + 1
+    if first == "\\":
+        command = re.match(r"\\(?:[a-zA-Z]+|.)", text[position:], re.S)
+        if command is None or command[0] in ("\\{", "\\}", "\\\\"):
+            return "", position
+        end = position + command.end()
+        if command[0] in ("\\frac", "\\sqrt", "\\text", "\\overline", "\\mathrm"):
+            inner, end = _argument(text, end, command[0][1:])
+            if command[0] == "\\frac":
+                second, end = _argument(text, end, "frac")
+                inner += second
+            return "{" + command[0] + inner + "}", end
+        return "{" + command[0] + "}", end
+    digits = {"sqrt": r"\d+(?:\.\d+)?|[a-zA-Z]", "^": r"[-+]?\d+|-?[a-zA-Z]", "_": r"\d+|[a-zA-Z]"}
+    found = re.match(digits.get(head, r"[0-9a-zA-Z]"), text[position:])
+    return ("{" + found[0] + "}", position + found.end()) if found else ("", position)
+
+
+def closing(text: str, opening: int, limit: int = MAX_CHARACTERS) -> int | None:
+    """Where the bracket at `opening` closes, None when it does not within `limit` characters."""
+    left = text[opening]
+    right, depth, position = _CLOSERS[left], 0, opening
+    while position < min(len(text), opening + limit):
+        if text[position] == "\\":
+            position += 2
+            continue
+        depth += (text[position] == left) - (text[position] == right)
+        if depth == 0:
+            return position
+        position += 1
+    return None
+
+
+def _closed(text: str, opening: int) -> int:
+    close = closing(text, opening)
+    if close is None:
+        raise Unreadable("a bracket that is not closed")
+    return close
 
 
 def strip_delimiters(text: str) -> str:
@@ -178,34 +256,41 @@ def normalise(text: str) -> str:
 def _respell(text: str) -> str:
     text = strip_delimiters(visible(text))
     _bound_depth(text)
+    if "\\\\" in text and "\\begin" not in text:  # escaped once too often, as in some data sets
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)
+    if "$" in text:
+        text = re.sub(r"(?<!\\)\$", r"\\$", _DOLLARS.sub(r" \1 ", text))  # what is left is money
+    text = _BRACKETS.sub(lambda m: f" {m[1] or m[2]} ", text) if "\\(" in text or "\\[" in text else text
     text = re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", text) if "\\boxed" in text else text
     text = re.sub(r"(?<=\d)(?:\\[,!;: ]|\{,\})+(?=\d{3}(?!\d))", ",", text)  # 49,\!479 and 1\,000 -> 1,000
     text = re.sub(r",\s*\\!\s*", ",", text)
-    text = _SPACING.sub(" ", text)
-    text = _SIZING.sub("", text)
+    text = re.sub(r"(?<=\d),\s+(?=\d{3}(?!\d))", ";", text)  # 81, 256 is a list, 81,256 a number
+    text = _SIZING.sub("", _SPACING.sub(" ", text))
     text = text.replace("\\lbrace", "\\{").replace("\\rbrace", "\\}").replace("\\lbrack", "[").replace("\\rbrack", "]")
+    text = text.replace("\\lvert", "|").replace("\\rvert", "|").replace("\\vert", "|")
     text = re.sub(r"\\(?:leqslant|leq)(?![a-zA-Z])", r"\\le", text)
     text = re.sub(r"\\(?:geqslant|geq)(?![a-zA-Z])", r"\\ge", text)
     text = re.sub(r"\\neq(?![a-zA-Z])|!=", r"\\ne ", text).replace("<=", "\\le ").replace(">=", "\\ge ")
     text = re.sub(r"\\lt(?![a-zA-Z])", "<", re.sub(r"\\gt(?![a-zA-Z])", ">", text))
+    text = re.sub(r"\\(?:varnothing|O)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset ", text)
+    text = re.sub(r"\\(?:backslash|smallsetminus)(?![a-zA-Z])", r"\\setminus ", text)
     text = _WRAPPER.sub(_wrapped, text)
-    text = re.sub(r"\\(?:text|mathrm)\{\}", "", text)
-    text = text.replace("\\%", "%").replace("\\$", "$").replace("\\#", "#").replace("\\&", "&")
-    text = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-zA-Z])", r"\\text{degrees}", text)
+    text = text.replace("\\%", "%").replace("\\#", "#").replace("\\&", "&")
+    text = re.sub(r"\\(?:euro?|texteuro)(?![a-zA-Z])", "€", re.sub(r"\\(?:pounds|textsterling)(?![a-zA-Z])", "£", text))
+    text = re.sub(
+        r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-zA-Z])|\\text\{degrees?\}|(?<=[\d}) ])degrees?$", "°", text
+    )
     text = re.sub(r"(?<=[\d}) ])\s*(?:percentage|percent|pct)\b|\\text\{(?:percent|percentage|pct)\}", "%", text)
-    text = _FRAC.sub(r"\\frac", text)
-    text = _FRAC_DIGITS.sub(r"\\frac{\1}{\2}", text)
-    text = _FRAC_FIRST.sub(r"\\frac{\1}", text)
-    text = _FRAC_SECOND.sub(r"\1{\2}", text)
-    text = _SQRT_BARE.sub(r"\\sqrt{\1}", text)
-    text = re.sub(r"\\sqrt\s+\{", r"\\sqrt{", text)
+    text = _BARE.sub(r"\\\1 ", text)
     text = text.replace("\\infin ", "\\infty ").replace("\\dots", "\\ldots").replace("\\cdots", "\\ldots")
+    text = _POINTED_THOUSANDS.sub(lambda m: m[1].replace(".", "") + "." + m[2], text)
     text = _THOUSANDS.sub(lambda m: m.group(1).replace("{,}", "").replace(",", ""), text)
     text = _SPACED_THOUSANDS.sub(lambda m: m.group(1).replace(" ", ""), text)
-    text = _BRACED_CHARACTER.sub(r"\1\2", text)
-    text = re.sub(r"\s*\\\\(?:\[[^\]]{1,8}\])?\s+", r"\\\\ ", text)  # the end of a matrix row
+    text = re.sub(r"(?<=\d)\{,\}(?=\d)", ",", text)
+    text = _braced(text) if _HEAD.search(text) else text
+    text = re.sub(r"\s*\\\\(?:\[[^\]]{1,8}\])?\s*", r"\\\\ ", text)  # the end of a matrix row
     text = " ".join(text.split())
-    text = re.sub(r"\s*([-+*/=<>^_,;:|()\[\]{}%!&])\s*", r"\1", text)
+    text = re.sub(r"\s*([-+*/=<>^_,;:|()\[\]{}%!&°])\s*", r"\1", text)
     text = re.sub(r"(?<=[^a-zA-Z\\ ]) (?=\\)|(?<=\\\}) ", "", text)
     return text.strip()
 
@@ -225,120 +310,6 @@ _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 
 def key(text: str) -> str:
-    """What two spellings of the same characters share: no spaces, no text wrappers, words in lower case."""
-    bare = _TEXT.sub(lambda m: m.group(1).lower() if len(m.group(1)) > 2 else m.group(1), text)
-    words = re.fullmatch(r"[A-Za-z][A-Za-z' -]{2,}", bare)
-    bare = re.sub(r"(?<=[\d.}]) +(?=[\d.{])", "_", bare)  # 4 2 is not 42
-    return re.sub(r"\s+", "", bare.lower() if words else bare)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A value's text and the unit written behind (or, for money, in front of) it; `percent` for a % sign."""
-
-    text: str
-    unit: str = ""
-    percent: bool = False
-    scale: int = 1
-
-
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_PHYSICAL = {
-    "mm": "mm millimeter millimetre",
-    "cm": "cm centimeter centimetre",
-    "m": "m meter metre",
-    "km": "km kilometer kilometre",
-    "in": "in inch inche",
-    "ft": "ft foot feet",
-    "yd": "yd yard",
-    "mi": "mi mile",
-    "g": "g gram",
-    "kg": "kg kilogram",
-    "mg": "mg milligram",
-    "lb": "lb pound",
-    "oz": "oz ounce",
-    "s": "s sec second",
-    "min": "min minute",
-    "h": "h hr hour",
-    "day": "day",
-    "week": "week wk",
-    "month": "month",
-    "year": "year yr",
-    "ml": "ml milliliter",
-    "l": "l liter litre",
-    "gal": "gallon gal",
-    "mph": "mph",
-    "kph": "kph",
-    "deg": "degree deg",
-    "rad": "radian rad",
-    "dollar": "dollar buck usd",
-    "cent": "cent",
-    "euro": "euro",
-    "unit": "unit",
-}
-_UNIT_OF = {name: unit for unit, names in _PHYSICAL.items() for name in names.split()}
-_NOUNS = frozenset(
-    (
-        "people men women children feet units unit way sq square cubic per more points each total person student apple"
-    ).split()
-)
-# Plural words that change a number instead of counting something.
-_NO_NOUNS = frozenset(
-    "hundreds thousands millions billions dozens halves thirds fourths quarters fifths sixths sevenths eighths"
-    " ninths tenths twelfths "
-    "times minus plus less is was his this thus has does yes guess wrongs unless perhaps always sometimes"
-    " plusminus percents scores "
-    "pairs cos sins logs decimals digits places squares cubes powers mods bases roots tenth".split()
-)
-_TAIL = re.compile(
-    r"^(?P<value>.*?[\d)}%!.])\s*(?:\\text\{(?P<text>[^{}]*)\}|(?P<words>[a-zA-Z][a-zA-Z. ]+))(?:\^(?P<power>[23]))?$",
-    re.S,
-)
-_MATH_END = re.compile(r"\\[a-zA-Z]+\{[^{}]*$")
-
-
-@lru_cache(maxsize=8192)
-def measured(text: str, any_unit: bool = False) -> Measured:
-    """Takes a trailing unit off a canonical text. Only known units and plural nouns count, words such as "not", "or",
-    "minus" never do; `any_unit` (for a gold answer, which is trusted) takes any words.
-    """
-    unit, scale = "", 1
-    if text.startswith("$") and len(text) > 1:
-        text, unit = text[1:].strip(), "dollar"
-    elif text.startswith("-$"):
-        text, unit = "-" + text[2:].strip(), "dollar"
-    match = _TAIL.match(text)
-    if match:
-        words = (match["text"] if match["text"] is not None else match["words"]).lower().replace(".", "").split()
-        if words and words[0] in _SCALES:
-            scale, words = _SCALES[words[0]], words[1:]
-        in_text = match["text"] is not None
-        if all(_is_unit(word, in_text) for word in words) or (
-            any_unit and in_text and "and" not in words and "or" not in words
-        ):
-            unit = _unit(words, match["power"]) or unit
-            text = match["value"].strip()
-        else:
-            scale = 1
-    text = text.rstrip("$") if not unit and text[:1].isdigit() else text
-    if text.endswith("%"):
-        return Measured(text[:-1].strip(), unit, True, scale)
-    return Measured(text, unit, False, scale)
-
-
-def _is_unit(word: str, in_text: bool) -> bool:
-    if len(word) < 2 and not in_text:
-        return False
-    parts = word.split("/")
-    if all(part in _UNIT_OF or part.removesuffix("s") in _UNIT_OF for part in parts):
-        return True
-    return word in _NOUNS or (re.fullmatch(r"[a-z]{3,14}s", word) is not None and word not in _NO_NOUNS)
-
-
-def _unit(words: list[str], power: str | None) -> str:
-    """The canonical physical unit, such as `cm^2`; an empty string for a counted noun."""
-    names = [_UNIT_OF.get(w) or _UNIT_OF.get(w.removesuffix("s")) for w in words if w not in ("square", "sq", "cubic")]
-    if len(names) != 1 or names[0] is None or names[0] == "unit":
-        return ""
-    power = power or ("2" if "square" in words or "sq" in words else "3" if "cubic" in words else "")
-    return f"{names[0]}^{power}" if power else names[0]
+    """What two spellings of the same characters share: no spaces, no text wrappers."""
+    bare = re.sub(r"(?<=[\d.}]) +(?=[\d.{])", "_", _TEXT.sub(r"\1", text))  # 4 2 is not 42
+    return re.sub(r"\s+", "", bare)

@@ -8,11 +8,11 @@ from numbers import Number
 from typing import Any
 
 from rewards.extract import AnswerTag
-from rewards.math import verify as checker
 from rewards.math.boxes import Boxed, find_answer
 from rewards.math.equality import decide
-from rewards.math.normal import Unreadable, key, normalise, strip_delimiters
-from rewards.math.shape import mismatch
+from rewards.math.formula import formula, same
+from rewards.math.normal import Unreadable, normalise
+from rewards.math.phrase import last_value
 from rewards.score import Score
 
 
@@ -63,17 +63,18 @@ def math_reward(
     boxed: Boxed = "auto",
     answer_tag: AnswerTag = "auto",
     require_think: bool = False,
+    strict: bool = False,
 ) -> Score:
     r"""1 when the completion's one final value equals `answer`, 0 otherwise.
 
     The value is looked for strictly, as R1-Zero's rules do (arXiv 2501.12948): behind the last `</think>`, inside
-    `<answer>` when the template has it, in the last balanced `\boxed{}` (see rewards.math.boxes); it must have the
-    shape of the gold answer (rewards.math.shape) and equal it exactly, or within `tolerance` (relative). Verdicts:
-    `unparsed` when no such value is stated or it is refused unread, `timeout` when two seconds do not decide. Raises
-    GoldError (a ValueError) for a gold answer that cannot be matched, rewards.math.VerifierError when the checker
-    cannot run: those are errors of ours, never a reward.
+    `<answer>` when the template has it, in the last balanced `\boxed{}` (see rewards.math.boxes); inside `<answer>`
+    without a box, the one value of a short phrase counts too, unless `strict`. It must be read completely and equal
+    the gold answer part by part, exactly or within `tolerance` (relative). Verdict `unparsed` when
+    no such value is stated or a part of it is not read. Raises GoldError (a ValueError) for a gold answer that cannot
+    be matched: an error of the data, never a reward.
     """
-    score, _ = explain(completion, answer, tolerance, boxed, answer_tag, require_think)
+    score, _ = explain(completion, answer, tolerance, boxed, answer_tag, require_think, strict)
     return score
 
 
@@ -84,46 +85,36 @@ def explain(
     boxed: Boxed = "auto",
     answer_tag: AnswerTag = "auto",
     require_think: bool = False,
+    strict: bool = False,
 ) -> tuple[Score, dict[str, str]]:
     """The score of `math_reward` and the steps to it: what was extracted, how both were read, which rule decided."""
     steps: dict[str, str] = {}
     gold_text, gold = read_gold(answer)
     steps["gold"] = gold
-    found = find_answer(completion, boxed, answer_tag, require_think)
+    found = find_answer(completion, boxed, answer_tag, require_think, strict)
     steps["extraction"] = found.why
     if found.text is None:
         return Score(0.0, "unparsed", detail=found.why), steps
     steps["extracted"] = found.text
-    try:
-        value = normalise(found.text)
-    except Unreadable as refused:
-        steps["rule"] = f"refused: {refused}"
-        return Score(0.0, "unparsed", detail=steps["rule"]), steps
-    steps["read as"] = value
-    if key(value) == key(gold):
-        steps["rule"] = "same text"
-        return Score(1.0, "correct", detail="same text"), steps
-    if checker.is_prose(strip_delimiters(found.text)):
-        steps["rule"] = "not one value"
-        return Score(0.0, "unparsed", detail="not one value"), steps
-    try:
-        why = mismatch(gold, value, tolerance is not None)
-    except Unreadable as refused:
-        steps["rule"] = f"refused: {refused}"
-        return Score(0.0, "unparsed", detail=steps["rule"]), steps
-    if why is not None:
-        steps["rule"] = f"shape: {why}"
-        return Score(0.0, "wrong", detail=steps["rule"]), steps
     decision = decide(gold_text, found.text, tolerance)
-    steps["rule"] = decision.rule
-    if decision.timeout:
-        return Score(0.0, "timeout", detail=decision.rule), steps
-    if decision.rule.startswith("refused"):
-        return Score(0.0, "unparsed", detail=decision.rule), steps
-    return Score(float(decision.equal), "correct" if decision.equal else "wrong", detail=decision.rule), steps
+    steps["read as"], steps["rule"] = decision.prediction, decision.rule
+    verdict = "correct" if decision.equal else "unparsed" if decision.unread else "wrong"
+    return Score(float(decision.equal), verdict, detail=decision.rule), steps
 
 
-math_reward.warm = checker.warm  # type: ignore[attr-defined]
+def equal(gold: str, prediction: str, tolerance: float | None = None) -> bool:
+    """Whether two texts state the same mathematical answer (see rewards.math.decide). Running text stands for its
+    boxes, else for its last formula or number."""
+    decision = decide(gold, prediction, tolerance)
+    return decision.equal or decide(last_value(gold), last_value(prediction), tolerance).equal
+
+
+def warm() -> None:
+    """Imports what a comparison needs; called once in a runner's fork server, so that every forked worker has it."""
+    same(formula("\\sqrt{8}"), formula("2\\sqrt{2}"))
+
+
+math_reward.warm = warm  # type: ignore[attr-defined]
 math_reward.explain = explain  # type: ignore[attr-defined]
 math_reward.check_row = check_row  # type: ignore[attr-defined]
 math_reward.expects = (  # type: ignore[attr-defined]

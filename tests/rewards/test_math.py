@@ -1,7 +1,6 @@
 """The math checker's parts: exact values, normal spelling, equality, extraction, guards, the killable process."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -16,12 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards.math import decide, equal, math_reward
+from rewards.math.formula import NoFormula, formula
 from rewards.math.normal import Unreadable, normalise
-from rewards.math.rational import TooLarge, rational
-from rewards.math.verify import _Client, verify
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
+
+
+def constant(text: str) -> Fraction | None:
+    try:
+        return formula(text).constant
+    except NoFormula:
+        return None
 
 
 def golds(name: str) -> list[str]:
@@ -85,7 +90,7 @@ def test_shuffled_golds_are_different(name, pairs):
     ],
 )
 def test_exact_values(text, value):
-    assert rational(text) == value
+    assert constant(text) == value
 
 
 @pytest.mark.parametrize(
@@ -93,7 +98,7 @@ def test_exact_values(text, value):
     ["", "x", "1/0", "1 2", "\\sqrt{2}", "(1,2)", "1=1", "--1", "1+", "()", "\\pi", "3 9/4", "0/0", "2^{0.5}", "[1]"],
 )
 def test_what_has_no_exact_value(text):
-    assert rational(text) is None
+    assert constant(text) is None
 
 
 @pytest.mark.parametrize(
@@ -101,8 +106,7 @@ def test_what_has_no_exact_value(text):
 )
 def test_large_values_are_refused_before_they_are_computed(text):
     start = time.perf_counter()
-    with pytest.raises(TooLarge):
-        rational(text)
+    assert decide("\\pi", text).unread
     assert time.perf_counter() - start < 0.05
 
 
@@ -128,7 +132,7 @@ def test_exact_values_agree_with_python(text):
         expected = eval(source, {"Fraction": Fraction})
     except ZeroDivisionError:
         expected = None
-    assert rational(text) == expected
+    assert constant(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -142,13 +146,13 @@ def test_exact_values_agree_with_python(text):
         ("49,\\!479", "49479"),
         ("1\\,000\\,000", "1000000"),
         ("４２％", "42%"),
-        ("x^{2}", "x^2"),
+        ("x^2", "x^{2}"),
         ("\\text{ cm }", "\\text{cm}"),
         ("−5", "-5"),
-        ("x²", "x^2"),
+        ("x²", "x^{2}"),
         ("\\sqrt2", "\\sqrt{2}"),
         ("a \\leq 2", "a\\le2"),
-        ("90^{\\circ}", "90\\text{degrees}"),
+        ("90^{\\circ}", "90°"),
         ("\\mathrm{e}", "e"),
     ],
 )
@@ -266,20 +270,7 @@ def test_a_bomb_costs_little_and_earns_nothing(name):
     assert time.process_time() - start < 1.0  # CPU of this process; 1,000 times less is usual
 
 
-def test_math_verify_is_killed_when_it_hangs_and_is_back():
-    assert verify("x", "x", False)[0] == "equal"
-    client = _Client.here()
-    first = client.process.worker_pid
-    start = time.monotonic()
-    outcome, why = verify("2x", "+".join(f"\\int_0^1 \\sin(x^{{{n}}}) \\ln(x+{n}) dx" for n in range(1, 60)))
-    assert outcome in ("timeout", "different") and time.monotonic() - start < 20
-    assert verify("y", "y")[0] == "equal"
-    second = client.process.worker_pid
-    os.kill(second, 9)  # dies while idle: the next answer is not to blame
-    assert verify("x+1", "1+x")[0] == "equal" and len({first, second, client.process.worker_pid}) >= 2
-
-
-def test_threads_share_the_checker():
+def test_threads_compare_at_once():
     found = {}
     threads = [
         threading.Thread(target=lambda n=n: found.update({n: equal(f"\\sqrt{{{n * n * 2}}}", f"{n}\\sqrt{{2}}")}))
@@ -290,14 +281,6 @@ def test_threads_share_the_checker():
     for thread in threads:
         thread.join(60)
     assert found == dict.fromkeys(range(2, 10), True)
-
-
-def test_a_fork_gets_a_checker_of_its_own():
-    assert equal("\\sqrt{8}", "2\\sqrt{2}")
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0 if equal("\\sqrt{18}", "3\\sqrt{2}") else 1)
-    assert os.waitpid(pid, 0)[1] == 0 and equal("\\sqrt{50}", "5\\sqrt{2}")
 
 
 def test_importing_and_the_fast_path_load_neither_torch_nor_sympy():
@@ -311,5 +294,5 @@ def test_importing_and_the_fast_path_load_neither_torch_nor_sympy():
 
 def test_the_deciding_rule_is_told():
     assert decide("0.5", "\\frac12").rule == "exact rational"
-    assert decide("\\sqrt{8}", "2\\sqrt{2}").rule == "Math-Verify"
-    assert decide("\\sqrt{8}", "3\\sqrt{2}").rule == "different at test points"
+    assert decide("\\sqrt{8}", "2\\sqrt{2}").rule == "equal at random points"
+    assert decide("\\sqrt{8}", "3\\sqrt{2}").rule == "different at a random point"

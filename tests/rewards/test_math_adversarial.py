@@ -1,6 +1,7 @@
 """The math reward cannot be fooled by the cases of math_cases.py, and is not so strict that honest answers lose."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,13 @@ def test_no_deceit_is_rewarded_inside_the_answer_tag_of_the_template(family):
 def test_honest_answers_are_rewarded():
     lost = [(c, g, s.detail) for c, g in cases.HONEST if (s := math_reward(c, g)).value != 1]
     assert lost == []
+
+
+def _rewarded(row):
+    said = row["answer"] if row["kind"] == "response" else f"\\boxed{{{row['answer']}}}"
+    return math_reward(said, row["gold"]).value == 1
+
+
+def test_answers_that_users_and_attackers_brought_get_the_right_value():
+    rows = [json.loads(line) for line in Path(__file__).with_name("answer_cases.jsonl").read_text().splitlines()]
+    assert [row for row in rows if _rewarded(row) != row["expected"]] == []
