@@ -30,6 +30,25 @@ Overrides = Annotated[
 
 
 @app.command()
+def init(
+    name: Annotated[str | None, typer.Argument(help="one of the shipped configs; none lists them")] = None,
+    folder: Annotated[Path, typer.Option(help="Where to write it.")] = Path("."),
+) -> None:
+    """Write a ready config to start from: demo, gsm8k-0.5b, own-reward, the published runs."""
+    from rlzero.config import init as configs
+
+    if name is None:
+        typer.echo("\n".join(f"{name:<16} {about}" for name, about in configs.shipped().items()))
+        return
+    config, *others = configs.init(name, folder)
+    typer.echo("".join(f"{path}\n" for path in (config, *others)) + "Its first lines say what it needs; then:")
+    text = config.read_text(encoding="utf-8")
+    command = "train" if "\nrewards:" in text else "sft" if "\nepochs:" in text else "plan"
+    there = "" if folder == Path(".") else f"cd {folder} && "
+    typer.echo(f"  {there}rlzero {command} {config.name}" + (" --dry-run" if command != "plan" else ""))
+
+
+@app.command()
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
