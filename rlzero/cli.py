@@ -102,32 +102,99 @@ def generate(
 
 @app.command("eval")
 def evaluate(
-    config: ConfigFile,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="YAML of a run, a model's folder, its name at --endpoint; or `show`, then stores to show",
+            show_default=False,
+        ),
+    ],
     overrides: Overrides = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmarks, name or name:source, by commas; none: the config's own questions.")
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Samples a question.")] = 1,
+    data: Annotated[Path, typer.Option(help="Folder with the benchmarks' files.")] = Path("data"),
+    store: Annotated[Path | None, typer.Option(help="Folder for the outcomes; evals/MODEL if not given.")] = None,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of a completion.")] = 32_768,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
+    template: Annotated[str, typer.Option(help="auto, chat, r1-zero or none.")] = "auto",
+    endpoint: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible server that has the model.")] = None,
     policy: Annotated[
         Path | None, typer.Option(help="A model, checkpoint or run to evaluate instead of policy.path.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON-lines file for every completion with its scores.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON-lines file for the completions of the config's own questions.")
+    ] = None,
+    plan: Annotated[
+        float | None, typer.Option(help="With show: how many questions a difference of this size needs.")
+    ] = None,
 ) -> None:
-    """pass@1, pass@k and cons@k on the held-out questions of CONFIG."""
-    from rlzero.config.rl import Config
+    """pass@1, pass@k and cons@k with intervals: of benchmarks (--tasks), or of a config's own held-out questions.
+
+    `rlzero eval show STORE [STORE ...]` computes the figures anew; of several stores it tests each against the first.
+    """
+    from rlzero.config.read import UsageError
     from rlzero.stages.export import find_checkpoint
 
     changes = list(overrides or [])
+    if model == "show":
+        _show_stores([Path(name) for name in changes], plan)
+        return
     if policy is not None:
         changes.append(f"policy.path={find_checkpoint(policy)}")
-    settings = Config.load(config, changes)
+    if tasks is None:
+        _own_questions(Path(model), changes, output)
+        return
+    if template not in ("auto", "chat", "r1-zero", "none"):
+        raise UsageError(f"--template {template}: expected auto, chat, r1-zero or none")
+    from rlzero.eval import run
+    from rlzero.report.display import counting
+
+    if endpoint is None and not model.endswith((".yaml", ".yml")):
+        model = str(find_checkpoint(Path(model)))
+    folder = store or Path("evals") / Path(model).name
+    asked = run.Ask(
+        model, tuple(tasks.split(",")), folder, data, n, temperature, top_p, max_tokens, limit, template, endpoint,
+        os.environ.get("OPENAI_API_KEY", "none"),
+    )  # fmt: skip
+    run.benchmarks(asked, changes, typer.echo, counting)
+    _show_stores([folder], None)
+
+
+def _own_questions(config: Path, changes: list[str], output: Path | None) -> None:
     from rlzero import launch
+    from rlzero.config.rl import Config
     from rlzero.eval import run
     from rlzero.eval.evaluate import summarise
     from rlzero.rl.diagnosis import diagnose
 
+    settings = Config.load(config, changes)
     launch.check_rewards(settings)
     groups = run.run(settings, output, say=typer.echo)
     if (why := diagnose(groups, settings, training=False)) is not None:
         typer.echo(why, err=True)
     for name, value in summarise(groups, settings.rewards).items():
         typer.echo(f"{name:<18} {value:.4g}")
+
+
+def _show_stores(stores: list[Path], plan: float | None) -> None:
+    from rlzero.config.read import UsageError
+    from rlzero.eval import words
+    from rlzero.eval.store import load
+
+    found = [load(folder) for folder in stores]
+    for each in found:
+        typer.echo("\n".join([*words.describe(each), ""]))
+    try:
+        for other in found[1:]:
+            typer.echo("\n".join(words.describe_comparison(found[0], other)))
+            if plan is not None:
+                typer.echo("\n".join(words.describe_plan(found[0], other, plan)))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 @app.command()

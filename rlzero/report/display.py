@@ -116,16 +116,17 @@ class Display:
 
 
 @contextmanager
-def counting(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, as a function of (done, total); nothing where that is no terminal."""
+def counting(title: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error, as a function of (done, total, words); nothing where that is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total: None
+        yield lambda done, total, words="": None
         return
-    columns = (TextColumn(title), BarColumn(40), MofNCompleteColumn(), TimeRemainingColumn())
+    words_column = TextColumn("{task.description}")
+    columns = (TextColumn(title), BarColumn(40), MofNCompleteColumn(), TimeRemainingColumn(), words_column)
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        task = progress.add_task("")
+        yield lambda done, total, words="": progress.update(task, completed=done, total=total, description=words)
 
 
 def evaluation_line(data: dict[str, Any]) -> str:

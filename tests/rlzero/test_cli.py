@@ -122,7 +122,8 @@ def test_all_mistakes_of_a_config_are_printed_at_once(monkeypatch, capsys, confi
 
 
 def test_a_failure_of_the_program_is_a_message_and_exit_code_1(monkeypatch, capsys, tmp_path):
-    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    (tmp_path / "report.html").mkdir()
     code, _, err = run(monkeypatch, capsys, "report", tmp_path)
     assert code == 1 and err.startswith("error: IsADirectoryError") and "RLZERO_TRACEBACK=1" in err
 
