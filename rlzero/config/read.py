@@ -37,20 +37,22 @@ Conflicts = Callable[[Any], Iterable[Conflict]]
 
 def read_config(
     model: type[Model],
-    path: str | Path,
+    path: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     conflicts: Conflicts | None = None,
     hidden: Mapping[str, str] = MappingProxyType({}),
 ) -> Model:
-    """A `model` from the YAML at `path` with `a.b=c` overrides laid over it. `conflicts(instance)` yields
-    contradictions between fields; `hidden` maps names that somebody may expect, but cannot set, to the reason. Raises
-    `ConfigError` naming all mistakes at once."""
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    """A `model` from the YAML at `path`, or from fields as nested dicts, with `a.b=c` overrides laid over it.
+    `conflicts(instance)` yields contradictions between fields; `hidden` maps names that somebody may
+    expect, but cannot set, to the reason. Raises `ConfigError` naming all mistakes at once."""
     problems: list[str] = []
-    tree = _parse(text, str(path))
+    if isinstance(path, Mapping):
+        tree, path = copy.deepcopy(dict(path)), "config"
+    else:
+        try:
+            tree = _parse(Path(path).read_text(), str(path))
+        except OSError as error:
+            raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
     for override in overrides:
         _override(tree, override, problems)
     instance = _validate(model, tree, problems, conflicts, hidden)

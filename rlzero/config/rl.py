@@ -9,7 +9,7 @@ optimizer steps, so its 10,400 steps of 16 minibatches each are 650 here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -201,8 +201,9 @@ class Config(_Section):
         return found
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
-        """The run that `path` and the overrides describe. Raises `ConfigError` with every mistake found."""
+    def load(cls, path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+        """The run that `path`, or the fields themselves, and the overrides describe. Raises `ConfigError` with
+        every mistake found."""
         return read_config(
             cls,
             path,
@@ -217,11 +218,15 @@ class Config(_Section):
 
     def resolved_yaml(self) -> str:
         """Every field with its value; reading this text again gives an equal config."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field with its value as plain, nested dicts."""
         tree = self.model_dump(mode="json")
         for name in NOT_CONFIGURED:
             section, _, key = name.partition(".")
             tree[section].pop(key, None)
-        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        return tree
 
 
 # --- mistakes that no single field shows ------------------------------------------------------------------------------

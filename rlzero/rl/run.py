@@ -6,14 +6,13 @@ import asyncio
 import logging
 import math
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from rewards.workers.runner import RewardRunner
 from rlzero.cluster.engines import Fleet
@@ -71,7 +70,7 @@ class Run:
         # asked once: which way an engine goes past a window does not change with its weights
         self.far = probe.far_sequences(switches(fields), self.policy.longest, vocabulary, without=special)
         self.start_from = checkpoint.latest(checkpoints(self.dir)) if resume else None
-        self.log = RunLog(self.dir, config.tracking, yaml.safe_load(config.resolved_yaml()))
+        self.log = RunLog(self.dir, config.tracking, config.resolved())
         self.writer: Writer | None = None
         self._evaluated = -1  # the last step before which an evaluation was, if it was due
         self._published = asyncio.Condition()  # a version, or an evaluation
@@ -117,7 +116,8 @@ class Run:
         except BaseException:
             await self.__aexit__()
             raise
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self.stop)
+        if threading.current_thread() is threading.main_thread():  # else a notebook's: it has handlers of its own
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self.stop)
         return self
 
     async def _open_trainer(self) -> None:
