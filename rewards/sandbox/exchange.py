@@ -15,8 +15,10 @@ from typing import Literal
 from . import values
 from .isolation import IsolationError, Limits, cpu_seconds
 from .job import CANDIDATE_ENDED
+from .starvation import waited_s
 
 End = Literal["finished", "died", "timeout", "output"]
+STARVED_FACTOR = 4.0  # how far a deadline moves at most, for the time that jobs waited for a core
 START_S = 30.0  # for the fork server's imports, and for a job to isolate itself on an overloaded machine
 _KILL_S = 10.0
 _CHUNK = 1 << 18
@@ -129,10 +131,13 @@ class Job:
 
 
 class Control:
-    """The line to the fork server: JSON messages, each whole. `why_dead()` describes a fork server that hung up."""
+    """The line to the fork server: JSON messages, each whole. `why_dead()` describes a server that hung up; `pid()` is
+    its process or one above it."""
 
-    def __init__(self, line: socket.socket, why_dead: Callable[[], str]) -> None:
+    def __init__(self, line: socket.socket, why_dead: Callable[[], str], pid: Callable[[], int]) -> None:
         self.line = line
+        self.pid = pid
+        self.forgiven_s = 0.0  # by which the last exchange moved its deadlines
         self.why_dead = why_dead
 
     def read(self, timeout_s: float) -> dict | None:
@@ -160,19 +165,25 @@ class Control:
 def exchange(control: Control, jobs: list[Job], limits: Limits) -> End:
     """Runs `jobs` until the first has ended or must be; all have ended when this returns.
 
-    The clock of a test starts when every job is ready and again with every answer of the first one.
+    The clock of a test starts when every job is ready and again with every answer of the first one. It does not count
+    the time that jobs waited for a core, up to `STARVED_FACTOR` times the limit.
     """
     main = jobs[0]
     deadline, last = time.monotonic() + START_S, float("inf")
     answered = -1  # answers seen; -1 until all jobs are ready
     end: End | None = None
+    control.forgiven_s = 0.0
     while end is None:
         now = time.monotonic()
         if now >= min(deadline, last):
             if answered < 0:
                 raise SandboxError(f"a job did not start within {START_S:.0f} s: the machine is overloaded")
-            end = "timeout"
-            break
+            more_s = min(waited_s(control.pid()), (STARVED_FACTOR - 1) * limits.timeout_s) - control.forgiven_s
+            if more_s < 0.05:
+                end = "timeout"
+                break
+            control.forgiven_s += more_s
+            deadline, last = deadline + more_s, last + more_s
         end = _step(control, jobs, min(deadline, last) - now)
         if answered < len(main.frames) and all(job.ready for job in jobs):
             last = min(last, time.monotonic() + limits.total_s)

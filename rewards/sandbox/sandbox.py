@@ -59,6 +59,7 @@ class Sandbox:
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._jobs = 0
+        self.forgiven_s = 0.0  # of waiting for a core, that no deadline counted, in all jobs so far
         self._resources = contextlib.ExitStack()
         try:
             self._start_fork_server(isolation, preload)
@@ -83,7 +84,7 @@ class Sandbox:
         keep.callback(os.close, self._devnull)
         self._errors = keep.enter_context(open(os.memfd_create("errors", os.MFD_CLOEXEC), "w+b", buffering=0))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control = Control(keep.enter_context(ours), self._why_dead)
+        self._control = Control(keep.enter_context(ours), self._why_dead, lambda: self._process.pid)
         with theirs, contextlib.ExitStack() as passed:
             owner = os.pidfd_open(os.getpid())
             passed.callback(os.close, owner)
@@ -241,6 +242,7 @@ class Sandbox:
         try:
             end = exchange(self._control, jobs, limits)
         finally:
+            self.forgiven_s += self._control.forgiven_s
             for job in jobs:
                 job.close()
         if any(killed_by_kernel(job, limits) for job in jobs):

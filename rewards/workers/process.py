@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rewards.sandbox import starvation
+
 _HEAD = struct.Struct("<4sQ")  # a mark, and the length of the pickle that follows
 _MARK = b"rwd1"
 MAX_REPLY_BYTES = 16 << 20
@@ -156,6 +158,10 @@ class WarmProcess:
         except OSError:
             return 0.0, "X"
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0]
+
+    def waited_s(self) -> float:
+        """How long a process that the worker started (code in a sandbox) has waited for a core."""
+        return 0.0 if self.worker_pid is None else starvation.waited_s(self.worker_pid)
 
     def stack(self) -> str:
         """Where the worker is, as Python prints a traceback (innermost first), also while C code holds the GIL; empty

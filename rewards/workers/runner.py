@@ -276,7 +276,7 @@ class RewardRunner:
         excuse, most_s = "", STARVED_FACTOR * slot.limit
         if state in "TtD":
             excuse, most_s = f"was suspended (state {state})", STOPPED_S
-        elif state == "R" and used - slot.cpu < slot.limit / 2:
+        elif (state == "R" and used - slot.cpu < slot.limit / 2) or slot.process.waited_s() > slot.limit / 8:
             excuse = "hardly got a core"
         elif "<frozen importlib._bootstrap>" in stack:
             excuse, most_s = "was still importing", START_TIMEOUT_S

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from rewards.code import AssertTests, CallTests, ProgramTests, check
 from rewards.sandbox import Limits, Sandbox, SandboxError, exchange, values
+from rewards.workers.runner import RewardRunner
 
 ROOT = Path(__file__).parents[2]
 SHORT = Limits(timeout_s=1.0, total_s=4.0)
@@ -343,6 +344,34 @@ def test_a_job_killed_from_outside_is_an_error_of_ours(sandbox):
         with pytest.raises(SandboxError, match="out of memory"):
             one.call("import time\ndef f(x): time.sleep(5)", "f", inputs(1))
         killer.join()
+
+
+def test_the_time_that_a_job_waits_for_a_core_does_not_count(tmp_path):
+    """Neither here nor in the worker of a run; a loop without end is late all the same."""
+    core, before = min(os.sched_getaffinity(0)), os.sched_getaffinity(0)
+    began = time.process_time()
+    sum(range(10**7))
+    work = f"def f(x): return sum(range({int(0.6e7 / (time.process_time() - began))}))"  # 0.6 s of a core
+    spin = [sys.executable, "-c", "while True: pass"]
+    hogs = []
+    os.sched_setaffinity(0, {core})  # what starts from here on inherits it
+    try:
+        spec = {"fn": "rewards.code:code_reward", "timeout": 1.2, "params": {"timeout_s": 1.0, "total_s": 1.1}}
+        with Sandbox() as one, RewardRunner([spec], workers=1) as runner:
+            tests = {"tests": {"fn_name": "f", "inputs": [[1]], "outputs": [0]}}
+            assert runner.score(["```python\ndef f(x): return 0\n```"], tests)[0][0].verdict == "correct"
+            # in sessions of their own: cores are shared out by session
+            hogs += [subprocess.Popen(spin, start_new_session=True) for _ in range(2)]
+            limits = Limits(timeout_s=1.0)
+            assert one.call(work, "f", inputs(1), limits=limits).end == "finished"
+            assert one.call("def f(x):\n    while True: pass", "f", inputs(1), limits=limits).end == "timeout"
+            texts = [f"```python\n{code}\n```" for code in (f"{work} * 0", "def f(x):\n    while True: pass")]
+            assert [score.verdict for score in runner.score(texts, tests)[0]] == ["correct", "timeout"]
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+        os.sched_setaffinity(0, before)
 
 
 def test_a_sandbox_is_not_used_across_a_fork(sandbox):
