@@ -178,8 +178,8 @@ def program(machine: str | None = None) -> bytes:
         allow,
         _instruction(_RETURN, _ERRNO | errno.ENOTTY),
     ])  # fmt: skip
-    # Reading limits is fine; setting them seems to work and does nothing: programs that ask for a deeper stack go on
-    # (theirs is deep already), and nobody lowers a limit of his own to die like a victim of the machine.
+    # Jobs may read limits; setting one seems to work and does nothing. So programs that ask for a deeper stack go on
+    # (theirs is deep already), and no job can lower its limits to be killed as if the machine were out of memory.
     code += rule("prlimit64", [
         _instruction(_LOAD, _ARG2),
         _instruction(_JUMP_EQUAL, 0, 0, 3),

@@ -8,7 +8,7 @@ import builtins
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +19,9 @@ _RAISES = {"raises", "assertRaises", "assertRaisesRegex"}
 _PLAIN = {
     name for kind in (str, bytes, int, float, complex, list, tuple, dict, set, range, type(None)) for name in dir(kind)
 }  # fmt: skip
+
+
+_MANY = 2000  # expressions in one test, from where on it is not looked through for calls that work in place
 
 
 @lru_cache(maxsize=1)
@@ -222,59 +225,70 @@ class _Use:
 
 def _in_place(tree: ast.AST) -> Iterator[tuple[int, int]]:
     """Calls after which the test may look at their arguments as the call left them: those whose result is dropped, and
-    others unless something made of an argument is compared with something made of the result. (`f(x) == sorted(x)` is
-    about x as it was: a candidate that empties x must not be right.)"""
+    others unless an expression has both something made of an argument and something made of the result. (`f(x) ==
+    sorted(x)` and `x[f(x)] == 3` are about x as it was: a candidate that changes x must not be right. `x[:f(x)] ==
+    [1, 2]` is about what it left.)"""
     nodes = list(ast.walk(tree))
     dropped = {node.value for node in nodes if isinstance(node, ast.Expr)}
     seen = Counter(node.id for node in nodes if isinstance(node, ast.Name))
+    heads = {side for node in nodes if isinstance(node, ast.Compare) for side in (node.left, *node.comparators)}
+    joins = [(node, [_Part(part) for part in parts]) for node in nodes if (parts := _parts(node, heads))]
+    flows = [(set().union(*map(_names, t)), _Part(v)) for node in nodes for t, v in _bindings(node) if v is not None]
     for call in nodes:
         if isinstance(call, ast.Call) and not hasattr(builtins, _called(call) or ""):
             inside = Counter(n.id for n in ast.walk(call) if isinstance(n, ast.Name))
             read = {n for part in (*call.args, *(k.value for k in call.keywords)) for n in _names(part)}
             arguments = {name for name in read if seen[name] > inside[name] and not hasattr(builtins, name)}
-            if arguments and (call in dropped or not _meet(nodes, call, arguments)):
+            if arguments and (call in dropped or len(joins) < _MANY and not _meet(joins, flows, call, arguments)):
                 yield call.lineno, call.col_offset
 
 
-def _meet(nodes: list[ast.AST], call: ast.Call, arguments: set[str]) -> bool:
+def _parts(node: ast.AST, heads: set[ast.AST]) -> list[ast.AST]:
+    """What an expression brings together; nothing for `x[:n]` where that is compared as a whole."""
+    if isinstance(node, ast.Compare):
+        return [node.left, *node.comparators]
+    if isinstance(node, ast.BinOp):
+        return [node.left, node.right]
+    if isinstance(node, ast.Call):
+        return [*node.args, *(keyword.value for keyword in node.keywords)]
+    if isinstance(node, ast.Subscript):
+        start = isinstance(node.slice, ast.Slice) and node.slice.lower is node.slice.step is None
+        return [] if start and node in heads else [node.value, node.slice]
+    return []
+
+
+class _Part:
+    """A part of a test: the names and calls in it."""
+
+    def __init__(self, node: ast.AST) -> None:
+        self.node, self.names = node, _names(node)
+        self.calls = {inner for inner in ast.walk(node) if isinstance(inner, ast.Call)}
+
+    def reads(self, call: ast.Call) -> set[str]:
+        """The names in it, without those inside `call`."""
+        if call not in self.calls:
+            return self.names
+        inside = set(ast.walk(call))
+        return {n.id for n in ast.walk(self.node) if isinstance(n, ast.Name) and n not in inside}
+
+
+def _meet(joins: list[tuple], flows: list[tuple], call: ast.Call, arguments: set[str]) -> bool:
     inside = set(ast.walk(call))
-    flows = [flow for node in nodes for flow in _bindings(node) if flow[1] is not None]
-    results = _derived(flows, lambda value: any(node is call for node in ast.walk(value)))
-    made = _derived(flows, lambda value: bool(_reads(value, inside) & arguments)) | arguments
-
-    def touches(part: ast.AST) -> tuple[bool, bool]:
-        read = _reads(part, inside)
-        return bool(read & results) or any(node is call for node in ast.walk(part)), bool(read & made)
-
-    for node in nodes:
-        if node in inside:
-            continue
-        parts = []
-        if isinstance(node, ast.Compare):
-            parts = [node.left, *node.comparators]
-        elif isinstance(node, ast.BinOp):
-            parts = [node.left, node.right]
-        elif isinstance(node, ast.Call):
-            parts = [*node.args, *(keyword.value for keyword in node.keywords)]
-        touched = [touches(part) for part in parts]
-        for i, (result, _) in enumerate(touched):
-            if result and any(argument for j, (_, argument) in enumerate(touched) if j != i):
+    results = _derived(flows, [names for names, value in flows if call in value.calls])
+    made = _derived(flows, [names for names, value in flows if value.reads(call) & arguments]) | arguments
+    for node, parts in joins:
+        of_result = [call in part.calls or bool(part.reads(call) & results) for part in parts]
+        if any(of_result) and node not in inside:
+            of_argument = [bool(part.reads(call) & made) for part in parts]
+            if any(r and any(of_argument[:i] + of_argument[i + 1 :]) for i, r in enumerate(of_result)):
                 return True
     return False
 
 
-def _reads(node: ast.AST, without: set[ast.AST]) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n not in without}
-
-
-def _derived(flows: list[tuple[list[ast.AST], ast.AST]], starts: Callable[[ast.AST], bool]) -> set[str]:
-    """Names that are made, over any number of assignments, of a value for which `starts` is true."""
-    found: set[str] = set()
-    while True:
-        more = {
-            name for targets, value in flows if starts(value) or _names(value) & found
-            for target in targets for name in _names(target)
-        }  # fmt: skip
-        if more <= found:
-            return found
+def _derived(flows: list[tuple], start: list[set[str]]) -> set[str]:
+    """`start` and the names that are made of it, over any number of assignments."""
+    found, more = set(), set().union(*start)
+    while more:
         found |= more
+        more = set().union(*[names for names, value in flows if value.names & more]) - found
+    return found

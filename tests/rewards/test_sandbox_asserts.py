@@ -473,6 +473,18 @@ assert all(x>0 for x in r)
 }
 
 WRONG = {
+    "changed where the result points to": (
+        "def find(x, v): x[0] = v; return 0",
+        "xs = [1, 2, 3]\ni = find(xs, 3)\nassert xs[i] == 3",
+    ),
+    "changed until the property holds": (
+        "def two(x, t): x[:2] = [t, 0]; return 0, 1",
+        "xs = [1, 2, 3]\ni, j = two(xs, 5)\nassert xs[i] + xs[j] == 5",
+    ),
+    "changed until the sum is right": (
+        "def best(x): x[:] = [6]; return 0, 1",
+        "xs = [1, 2, 3]\na, b = best(xs)\nassert sum(xs[a:b]) == 6",
+    ),
     "clear attack": (
         "def f(x): x.clear(); return []",
         """
