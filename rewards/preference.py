@@ -15,8 +15,10 @@ def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = AutoModelForSequenceClassification.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        model, dtype=getattr(torch, dtype), trust_remote_code=False
+    ).to(device).eval()
     if loaded.config.num_labels != 1:
         raise RewardError(f"{model} has {loaded.config.num_labels} labels; a preference model has one")
     if tokenizer.pad_token_id is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.checkpoint.model_folder import model_fields, read_json, text_fields
 
+_BREAK = "\uf8ff"  # of Unicode's private use; stands inside a special token's text where a row quotes it
 _OTHER_MEDIA = re.compile(r"image|audio|video|vision|sound", re.IGNORECASE)
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,29 @@ def tokens_past_vocabulary(path: str | Path, tokenizer: Any) -> str:
     past = {i: token for token, i in tokenizer.get_vocab().items() if i >= known and not _OTHER_MEDIA.search(token)}
     shown = ", ".join(f"{past[i]!r} is {i}" for i in sorted(past)[:5]) + (", ..." if len(past) > 5 else "")
     return f"{shown} (vocab_size is {known})" if past else ""
+
+
+def quoted(text: str, tokenizer: Any) -> str:
+    """`text` of a row, marked so that `encode_quoted` never makes a special token of what it holds: a question that
+    speaks of <|im_end|> must not end a turn."""
+    special = sorted({str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}, key=len, reverse=True)
+    if not special:
+        return text
+    return re.sub("|".join(map(re.escape, special)), lambda found: found[0][:1] + _BREAK + found[0][1:], text)
+
+
+def unquoted(text: str) -> str:
+    """The text that `quoted` marked, as it was."""
+    return text.replace(_BREAK, "")
+
+
+def encode_quoted(tokenizer: Any, text: str, special: bool) -> list[int]:
+    """The tokens of `text`, of which parts may be `quoted`; with `special` the tokenizer adds its own (BOS)."""
+    first, *rest = text.split(_BREAK)
+    tokens = list(tokenizer(first, add_special_tokens=special)["input_ids"])
+    for part in rest:
+        tokens += tokenizer(part, add_special_tokens=False)["input_ids"]
+    return tokens
 
 
 def completion_text(tokenizer: Any, tokens: Sequence[int], ends: Collection[int]) -> str:

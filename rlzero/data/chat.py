@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from rlzero.data.prompts import DataError
+from rlzero.data.prompts import DataError, quoted_messages
+from rollout.tokenizer import encode_quoted, unquoted
 from trainer.packing import Sample
 
 GENERATION = re.compile(r"\{%-?\s*generation\b")  # a template that marks the assistant's turns itself
@@ -83,6 +84,7 @@ def chat_segments(tokenizer: Any, messages: list[dict], tools: list | None, wher
 def render(tokenizer: Any, messages: list[dict], tools: list | None, generation: bool, where: str) -> str:
     """What the chat template writes; `generation` opens the assistant's turn. Raises `DataError` where it refuses."""
     try:
+        messages = quoted_messages(messages, tokenizer)
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generation)
     except Exception as error:  # a template is a program that came with the model: whatever it raises is its answer
         raise DataError(f"{where}: the chat template refuses this conversation: {error}") from error
@@ -153,7 +155,12 @@ def trimmed(tokens: Sequence[int], learned: Bool[np.ndarray, " n"], where: str) 
 
 def encode(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
     """Token ids of every text; with `special` what the tokenizer adds at the start, but no EOS at the end."""
-    encoded = tokenizer(texts, add_special_tokens=special)["input_ids"]
+    plain = all(unquoted(text) == text for text in texts)
+    encoded = (
+        tokenizer(texts, add_special_tokens=special)["input_ids"]
+        if plain
+        else [encode_quoted(tokenizer, text, special) for text in texts]
+    )
     eos = tokenizer.eos_token_id
     return [ids[:-1] if special and ids and ids[-1] == eos else ids for ids in encoded]
 

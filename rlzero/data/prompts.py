@@ -24,7 +24,7 @@ from typing import Any, Literal
 from rlzero.config.read import UsageError
 from rlzero.config.rl import Config
 from rollout.engine import Prompt
-from rollout.tokenizer import read_tokenizer, tokens_past_vocabulary
+from rollout.tokenizer import encode_quoted, quoted, read_tokenizer, tokens_past_vocabulary, unquoted
 
 logger = logging.getLogger(__name__)
 
@@ -184,15 +184,27 @@ def check_tokenizer(tokenizer: Any, path: str | Path) -> None:
 
 
 def prompt_text(question: str | list[dict], template: str, tokenizer: Any, where: str) -> str:
-    """What the model reads before it writes: the question inside the template."""
+    """What the model reads before it writes: the question inside the template, `quoted`, so that no special token comes
+    of it. Template none takes the question as it is, special tokens too."""
     if template == "chat":
         if not tokenizer.chat_template:
             raise DataError("data.template: chat, but the policy's tokenizer has no chat template; use r1-zero or none")
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        messages = quoted_messages(messages, tokenizer)
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if not isinstance(question, str):
         raise DataError(f"{where}: the prompt is a list of messages, which needs data.template=chat")
-    return R1_ZERO_TEMPLATE.format(prompt=question) if template == "r1-zero" else question
+    return R1_ZERO_TEMPLATE.format(prompt=quoted(question, tokenizer)) if template == "r1-zero" else question
+
+
+def quoted_messages(messages: list[dict], tokenizer: Any) -> list[dict]:
+    """`messages` with their texts `quoted`, those of the assistant excepted, who writes special tokens."""
+    return [
+        {**m, "content": quoted(m["content"], tokenizer)}
+        if m.get("role") != "assistant" and isinstance(m.get("content"), str)
+        else m
+        for m in messages
+    ]
 
 
 def prompt_id(question: Any, values: dict[str, Any]) -> str:
@@ -249,7 +261,7 @@ class Prompts(Sequence[Prompt]):
 
     def __getitem__(self, index: int) -> Prompt:  # type: ignore[override]
         identity, (text, values) = self._items[index]
-        return Prompt(id=identity, text=text, tokens=tuple(self._encode(text)), row=values)
+        return Prompt(id=identity, text=unquoted(text), tokens=tuple(self._encode(text)), row=values)
 
     def level(self, index: int) -> float:
         """The column `level` of a row, 0 without one: the stream asks lower levels first."""
@@ -265,7 +277,7 @@ class Prompts(Sequence[Prompt]):
 
     def _encode(self, text: str) -> list[int]:
         # A chat template writes the special tokens itself; else the tokenizer adds its own (BOS), as in pre-training.
-        tokens = self._tokenizer(text, add_special_tokens=self._template != "chat")["input_ids"]
+        tokens = encode_quoted(self._tokenizer, text, special=self._template != "chat")
         return tokens[:-1] if tokens and tokens[-1] == self._tokenizer.eos_token_id else tokens
 
 

@@ -136,7 +136,10 @@ def reload(worker: Any, weights: Weights) -> None:
         finalize_layerwise_reload(model, runner.model_config)
         raise
     put_back(derived)
-    if runner.device.type == "cpu" and getattr(runner.model_config.hf_config, "tie_word_embeddings", False):
+    # vLLM takes a model for untied whose folder holds its head as well, and ties the two when they are equal.
+    names = ("tie_word_embeddings", "word_embeddings_untied_by_checkpoint")
+    config = runner.model_config
+    if runner.device.type == "cpu" and any(getattr(c, n, False) for c in (config, config.hf_config) for n in names):
         # No tensor of its own arrives for a tied head, so vLLM leaves it with its repacked copy of the old embedding.
         for module in model.modules():
             if isinstance(module, ParallelLMHead):

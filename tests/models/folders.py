@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -80,3 +81,63 @@ def make_folder(folder: Path, kind="qwen2", seed=0, tokenizer=None, dtype=torch.
 def change_json(file: Path, **fields) -> None:
     found = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps({**found, **fields}))
+
+
+# ---- forms in which people bring a model ----
+
+
+def _tied(folder: Path) -> None:
+    make_folder(folder, tie_word_embeddings=True)
+
+
+def _tied_with_head(folder: Path) -> None:
+    """As a merged adapter or DeepSpeed leave it: the embedding once more, as lm_head.weight."""
+    make_folder(folder, tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _sharded(folder: Path) -> None:
+    make_folder(folder)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    assert (folder / "model.safetensors.index.json").exists()
+
+
+def _bin(folder: Path) -> None:
+    make_folder(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def _several_ends(folder: Path) -> None:
+    make_folder(folder, eos_token_id=[0, 2])
+
+
+def _added(folder: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    make_folder(folder, tokenizer=tokenizer)
+
+
+FORMS = {
+    "tied": _tied,
+    "tied, with a copy of the head": _tied_with_head,
+    "sharded": _sharded,
+    ".bin only": _bin,
+    "FP16": lambda folder: make_folder(folder, dtype=torch.float16),
+    "several EOS ids": _several_ends,
+    "padded vocabulary": lambda folder: make_folder(folder, vocab_size=320),
+    "added tokens": _added,
+}
+
+
+def make(name: str, folder: Path) -> Path:
+    """The folder of a row of docs/models.md."""
+    if name in FORMS:
+        FORMS[name](folder)
+    else:
+        kind, fields = ARCHITECTURES[name]
+        make_folder(folder, kind, **fields)
+    return folder

@@ -247,6 +247,16 @@ def test_greedy_takes_the_most_likely_token_and_reports_temperature_one(engine, 
     assert (rows.max(-1).values - chosen).max() < (0.2 if ON_GPU else EXACT)  # near ties may fall either way in BF16
 
 
+@pytest.mark.skipif(ON_GPU, reason="there vLLM turns a generator back by itself")
+def test_prompts_read_in_chunks_have_the_noise_of_prompts_read_at_once(engines):
+    """32 prompts and a budget that cuts them: vLLM samples a token for what it has read in part, and throws it away."""
+    prompts = [tuple((SEQUENCES[i % 8] * 3)[i : 40 + i]) for i in range(32)]
+    asked = [Request(f"p{i}", 0, prompt, Sampling(4, seed=3, ignore_eos=True)) for i, prompt in enumerate(prompts)]
+    whole = generate(engines.get("qwen", DTYPE), asked)
+    chunked = generate(engines.get("qwen", DTYPE, max_num_batched_tokens=64, enable_prefix_caching=False), asked)
+    assert [r.tokens for r in chunked] == [r.tokens for r in whole]
+
+
 # ---- weights ----
 
 

@@ -241,7 +241,7 @@ def moving_rotations(fields: dict[str, Any]) -> list[tuple[str, int]]:
     for one in every:
         kind = one.get("rope_type") or one.get("type")
         if kind in ("longrope", "su", "dynamic"):
-            border = one.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings")
+            border = fields.get("original_max_position_embeddings") or one.get("original_max_position_embeddings")
             moving.append((kind, border or fields.get("max_position_embeddings") or 0))
     return moving
 

@@ -1,0 +1,1 @@
+from tests.rollout.conftest import vllm_process as vllm_process
