@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import os
@@ -184,10 +183,9 @@ class RewardRunner:
         for slot in self._slots:
             if slot.task is not None or slot.process.worker_pid is None:
                 continue
-            with self._changed:
-                if not self._waiting:
-                    return
-                task = self._waiting.popleft()
+            task = self._next_task()
+            if task is None:
+                return
             slot.task = task
             group = task.group
             request = (
@@ -205,6 +203,21 @@ class RewardRunner:
                 slot.process.send(request)
             except WorkerGone as error:
                 self._restart(slot, error)
+
+    def _next_task(self) -> _Task | None:
+        """The next one that needs a worker. What was late before its reward had answered needs none where the reward
+        has turned out to answer at once: it gets the verdict it had."""
+        while True:
+            with self._changed:
+                if not self._waiting:
+                    return None
+                task = self._waiting.popleft()
+            left = [task.indices[at] for at in task.left]
+            at_once = self._first_s.get(task.reward, math.inf) < self.limits[task.reward] / 2
+            if not (at_once and all(index in task.deferred for index in left)):
+                return task
+            for index in left:
+                self._store(task, index, task.deferred[index], late=task.deferred[index].verdict == "timeout")
 
     def _read(self, slot: _Slot) -> None:
         try:
@@ -287,17 +300,19 @@ class RewardRunner:
         slot.process.kill_worker()
         within = f"not decided within {late_s:.1f} s (timeout_s {self.limits[task.reward]:g})"
         where = f"; the function was at (innermost call first)\n{stack}" if stack else ""
+        late = Score(0.0, "timeout", detail=within + where)
+        if self.kinds[task.reward] == "async":
+            late = Score.error(within + where)
         if excuse:
             self._lost(task, f"{excuse}: {within}{where}")
         elif task.reward in self._first_s:
-            blame = Score.error if self.kinds[task.reward] == "async" else functools.partial(Score, 0.0, "timeout")
-            self._give_up(task, blame(detail=within + where))
+            self._give_up(task, late)
         elif task.reward in self._silent or task.was_deferred():
             self._silent.add(task.reward)
             hint = "if its first call loads something, raise timeout_s or load it in the function's attribute `warm`"
             self._give_up(task, Score.error(f"{within}, and no other completion was before; {hint}{where}"))
         else:
-            task.defer(self.kinds[task.reward] == "each")
+            task.defer(late, self.kinds[task.reward] == "each")
             self._requeue(task)
 
     def _lost(self, task: _Task, how: str) -> None:
@@ -404,7 +419,7 @@ class _Task:
     reward: int
     indices: list[int]  # into the group
     attempts: int = 0
-    deferred: set[int] = field(default_factory=set)  # of `indices`: timed out before their reward had ever answered
+    deferred: dict[int, Score] = field(default_factory=dict)  # by index: late before the reward had ever answered
     left: list[int] = field(init=False)  # into `indices`: not answered yet
     number: int = field(default_factory=itertools.count().__next__)  # tells a reply to another task
 
@@ -414,9 +429,9 @@ class _Task:
     def was_deferred(self) -> bool:
         return self.indices[self.left[0]] in self.deferred
 
-    def defer(self, one: bool) -> None:
+    def defer(self, late: Score, one: bool) -> None:
         """Puts the completion that the worker is on behind the others; without `one` it is on all of them."""
-        self.deferred |= {self.indices[at] for at in (self.left[:1] if one else self.left)}
+        self.deferred |= {self.indices[at]: late for at in (self.left[:1] if one else self.left)}
         self.left = self.left[1:] + self.left[:1]
 
 
