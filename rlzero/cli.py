@@ -1,18 +1,22 @@
 """The command `rlzero`. Every heavy import stands inside the command that needs it: `rlzero --help` is instant.
 
-Exit codes: 0 done, 1 the run failed, 2 what was asked for is wrong (a config, a file, an argument), 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 what was asked for is wrong (a config, a file, an argument), 130, 143 and
+129 interrupted by Ctrl-C, SIGTERM and SIGHUP.
 Errors are messages; RLZERO_TRACEBACK=1 shows where they came from.
 """
 
 from __future__ import annotations
 
 import errno
+import locale
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from rlzero import interrupt
 
 app = typer.Typer(
     name="rlzero",
@@ -364,16 +368,17 @@ def _show_report(run_dir: Path) -> None:
 def main() -> None:
     """Entry point: runs the command and turns what it raises into a message and an exit code."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
-    except Exception as error:  # the last place to turn an error into a message
-        if os.environ.get("RLZERO_TRACEBACK"):
-            raise
-        typer.echo(f"error: {_message(error)}", err=True)
-        sys.exit(2 if _is_usage(error) else 1)
+    if locale.getencoding().lower().replace("-", "") != "utf8" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"  # read when an interpreter starts: of this command, and of all that it starts
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    with interrupt.commands():
+        try:
+            app()
+        except Exception as error:  # the last place to turn an error into a message
+            if os.environ.get("RLZERO_TRACEBACK"):
+                raise
+            typer.echo(f"error: {_message(error)}", err=True)
+            sys.exit(2 if _is_usage(error) else 1)
 
 
 def _is_usage(error: Exception) -> bool:

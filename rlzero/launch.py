@@ -6,16 +6,18 @@ import asyncio
 from pathlib import Path
 
 from rewards.load import RewardError, load_reward
+from rlzero import interrupt
 from rlzero.cluster.actors import TrainerDied
 from rlzero.config.read import UsageError
 from rlzero.config.rl import Config
 from rlzero.data import dump
 from rlzero.data.prompts import load_tokenizer
+from rlzero.lock import alone
 from rlzero.report.display import Display
 from rlzero.report.log import FILES, RunLog
 from rlzero.rl import loop
 from rlzero.rl.groups import Group, grade, to_samples
-from rlzero.rl.run import Interrupted, Run, checkpoints, policy_options
+from rlzero.rl.run import Run, Stopped, checkpoints, policy_options
 from trainer.checkpoint import checkpoint
 from trainer.trainer import Trainer
 
@@ -23,9 +25,15 @@ RESUMES = 3  # times that a run goes on by itself after its trainer died
 
 
 def train(config: Config, resume: bool) -> None:
-    """The whole run. A trainer that dies ends in a resume from the newest checkpoint; Ctrl-C saves and raises
-    `KeyboardInterrupt`. Raises `UsageError` where a run of that name is there already and `resume` is not asked for."""
+    """The whole run. A trainer that dies ends in a resume from the newest checkpoint; a signal saves and raises
+    `interrupt.Interrupted`. Raises `UsageError` where a run of that name is there already and `resume` is not asked
+    for, and where another process trains in its folder."""
     check_rewards(config)
+    with alone(config.run_dir):
+        _train_alone(config, resume)
+
+
+def _train_alone(config: Config, resume: bool) -> None:
     newest = checkpoint.latest(checkpoints(config.run_dir))
     begun = newest is not None or any((config.run_dir / name).exists() for name in FILES)
     if begun and not resume:
@@ -53,13 +61,15 @@ def train(config: Config, resume: bool) -> None:
 
 async def _train(config: Config, resume: bool, watch: Display) -> None:
     async with Run(config, resume=resume, watch=watch) as run:
-        try:
-            await loop.train(run)
-        except Interrupted:
-            await run.save(run.step)
+        asked = asyncio.get_running_loop().call_soon_threadsafe
+        with interrupt.graceful(lambda number: asked(run.stop, number)):
+            try:
+                await loop.train(run)
+            except Stopped:
+                await run.save(run.step)
         if run.stopping and run.step < config.steps:
             watch(f"stopped before step {run.step + 1}; `rlzero train ... --resume` goes on", {})
-            raise KeyboardInterrupt
+            raise interrupt.Interrupted(run.stopping)
 
 
 def generate(config: Config, path: Path, resume: bool) -> list[Group]:

@@ -68,7 +68,7 @@ class WarmProcess:
         self.reply, reply_write = os.pipe()
         root = str(Path(__file__).resolve().parents[2])
         paths = [path or os.getcwd() for path in sys.path]
-        environment = {**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths + [root])}
+        environment = {**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join([root, *paths])}
         # -P: a file of the current folder that is named like a module of the library must not shadow it
         main = "from rewards.workers.process import keep; keep()"
         self._stack = os.memfd_create("stack")

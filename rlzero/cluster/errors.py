@@ -7,13 +7,13 @@ as the cause (RLZERO_TRACEBACK=1 shows it).
 
 from __future__ import annotations
 
-import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import ray
 
-NOISE = ("Token authentication is enabled",)  # what Ray warns of although all is well
+SHOWN = 8  # lines of what a dead process wrote
 
 
 def reporting(cls: type) -> type:
@@ -47,18 +47,26 @@ def original(error: ray.exceptions.RayTaskError, name: str, method: str) -> Exce
 
 
 def death(error: ray.exceptions.RayActorError) -> str:
-    """Why an actor is dead, in one sentence; Ray's own text names every id it has."""
-    found = re.search(r"The actor (?:is dead|died) because ([^.\n]*)", str(error))
+    """Why an actor is dead: Ray's reason in a sentence, and the last lines that the process wrote to its standard
+    error, where Ray of this machine keeps them."""
+    text = str(error)
+    found = re.search(r"The actor (?:is dead|died) because (.*?)(?:\.\s|\.$|\n|$)", text)
     reason = found[1] if found else "for a reason that Ray does not tell"
-    return f"{reason}; killed from outside or out of memory?" if "process has died" in reason else reason
+    if isinstance(error.__cause__ or getattr(error, "cause", None), Exception) or "creation task" in reason:
+        return f"{reason.rstrip(':,')}: {text.strip().splitlines()[-1].strip()}"
+    if "process has died" in reason:
+        reason += "; killed from outside or out of memory?"
+    if (pid := re.search(r"\bpid[:=]\s*(\d+)", text)) and (lines := last_words(int(pid[1]))):
+        reason += "\n  its last words:\n" + "\n".join(f"    {line}" for line in lines)
+    return reason
 
 
-def hush() -> None:
-    """Takes Ray's remarks on its own start out of what a user sees; its warnings and errors stay."""
-    logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
-    if not any(f is _worth_saying for f in logger.filters):
-        logger.addFilter(_worth_saying)
-
-
-def _worth_saying(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(NOISE)
+def last_words(pid: int) -> list[str]:
+    """The last SHOWN lines that an actor of this machine's Ray wrote to its standard error."""
+    node = ray._private.worker._global_node
+    if node is None:
+        return []
+    for path in Path(node.get_logs_dir_path()).glob(f"worker-*-{pid}.err"):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line for line in lines if line.strip() and not line.startswith(":")][-SHOWN:]
+    return []

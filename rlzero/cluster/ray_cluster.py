@@ -13,7 +13,8 @@ import time
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
+from ray.job_config import JobConfig
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -23,6 +24,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlzero.cluster import errors as failures
+from rlzero.cluster import local_ray
 from rlzero.cluster.actors import Actor, ClusterError, TrainerActor, TrainerHandle
 from rlzero.cluster.placement import Placement, Process, on_gpus, plan, resources
 from rlzero.config.rl import Config
@@ -37,11 +39,10 @@ def connect(address: str | None, cpus: int | None = None, store_bytes: int | Non
     of the memory). Ray counts CPUs for placement only: how many threads each process takes is set by `plan`."""
     if ray.is_initialized():
         return
-    # Actors import the project from where this process found it.
-    environment = {"PYTHONPATH": os.pathsep.join(p for p in _import_paths())}
+    # Actors import the project from where this process found it, and nothing from the folder they are started in.
+    environment = {"PYTHONPATH": os.pathsep.join(_import_paths()), "PYTHONSAFEPATH": "1"}
     options: dict[str, Any] = {"log_to_driver": False, "runtime_env": {"env_vars": environment}}
-    options["logging_level"] = logging.WARNING
-    failures.hush()
+    options |= {"logging_level": logging.WARNING, "job_config": _Job()}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "30")  # a head that is gone: Ray ends this process
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes that nobody uses: actors get their own
@@ -49,28 +50,40 @@ def connect(address: str | None, cpus: int | None = None, store_bytes: int | Non
     # Where several machines cannot form a cluster, Ray takes 127.0.0.1 for this node and all its servers bind to that.
     # It offers no other way: an address of 127.0.0.1 given to ray.init is replaced by the outer one.
     ray_constants.ENABLE_RAY_CLUSTER = bool(address)
-    if address:
-        try:
-            _knock(address)
-            ray.init(address=address, **options)
-        except OSError as error:
-            if isinstance(error.__cause__, ray.exceptions.AuthenticationError):
-                raise ClusterError(
-                    f"cluster.address: the Ray cluster at '{address}' asks for a token; set RAY_AUTH_MODE=token, with "
-                    "the token of its head in ~/.ray/auth_token"
-                ) from error
-            raise ClusterError(
-                f"cluster.address: no Ray cluster answers at '{address}' ({error}); start one with "
-                "`ray start --head`, or leave cluster.address out to run on this machine"
-            ) from error
+    if not address:
+        local_ray.start(
+            num_cpus=cpus or os.cpu_count() or 1, include_dashboard=False, object_store_memory=store_bytes, **options
+        )
         return
-    ray.init(
-        address="local",  # else Ray would join whatever cluster it finds on this machine
-        num_cpus=cpus or os.cpu_count() or 1,
-        include_dashboard=False,
-        object_store_memory=store_bytes,
-        **options,
-    )
+    if address == "auto":  # Ray's own search would also find the private Ray of another run
+        address = os.environ.get("RAY_ADDRESS") or services.find_bootstrap_address(None)
+        if not address:
+            raise ClusterError(
+                "cluster.address: auto, but `ray start` has made no cluster on this machine and RAY_ADDRESS is not "
+                "set; give host:port of its head, or leave cluster.address out to run on this machine"
+            )
+    try:
+        _knock(address)
+        ray.init(address=address, **options)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, ray.exceptions.AuthenticationError) or "token" in f"{error} {error.__cause__}":
+            raise ClusterError(
+                f"cluster.address: the Ray cluster at '{address}' asks for a token; set RAY_AUTH_MODE=token, with "
+                "the token of its head in ~/.ray/auth_token"
+            ) from error
+        raise ClusterError(
+            f"cluster.address: no Ray cluster answers at '{address}' ({error}); start one with "
+            "`ray start --head`, or leave cluster.address out to run on this machine"
+        ) from error
+
+
+class _Job(JobConfig):
+    """Ray puts the folder that a run is started in before all packages in its workers: a file random.py there would be
+    taken for Python's."""
+
+    def _serialize(self) -> str:
+        self._py_driver_sys_path = []
+        return super()._serialize()
 
 
 def _knock(address: str, timeout_s: float = 10.0) -> None:

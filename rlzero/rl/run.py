@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -43,7 +42,7 @@ class RunError(RuntimeError):
     """The run cannot go on; the message says what was found and what to do. Exit code 1."""
 
 
-class Interrupted(Exception):
+class Stopped(Exception):
     """Somebody pressed Ctrl-C; what was finished is saved."""
 
 
@@ -59,7 +58,7 @@ class Run:
         self.sleep_level = plan.sleep_level(config)  # of engines while the trainer works; 0: nobody ever sleeps
         self.dir = config.run_dir
         self.step = 0  # the next step to train
-        self.stopping = False
+        self.stopping = 0  # the number of the signal that asked for the end
         self.tokenizer = load_tokenizer(config.policy.path)
         self.prompts = PromptStream(load_prompts(config, self.tokenizer, "train"), config.seed)
         self.held_out = load_prompts(config, self.tokenizer, "evaluation") if config.data.evaluation else None
@@ -75,6 +74,7 @@ class Run:
         self._evaluated = -1  # the last step before which an evaluation was, if it was due
         self._published = asyncio.Condition()  # a version, or an evaluation
         self._writing: asyncio.Task | None = None  # collects the groups of coming steps
+        self._answering: asyncio.Task | None = None  # of an evaluation
         self._taken_from: deque[tuple[int, dict]] = deque(maxlen=config.staleness + 2)  # data position before a step
         self._written: dict[int, RolloutStats] = {}
         self._step_metrics: dict[str, float] = {}
@@ -116,8 +116,6 @@ class Run:
         except BaseException:
             await self.__aexit__()
             raise
-        if threading.current_thread() is threading.main_thread():  # else a notebook's: it has handlers of its own
-            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self.stop)
         return self
 
     async def _open_trainer(self) -> None:
@@ -134,14 +132,14 @@ class Run:
         self.rewards.close()
         self.cluster.__exit__()
 
-    def stop(self) -> None:
-        """Asks the run to end: at once where nothing is lost, else after the update in flight. Twice: right now."""
-        if self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
+    def stop(self, signal_number: int = signal.SIGINT) -> None:
+        """Asks the run to end: at once where nothing is lost (completions, an evaluation), else after the update in
+        flight."""
+        self.stopping = signal_number
         self.watch("stopping", {"step": self.step})
-        if self._writing is not None:
-            self._writing.cancel()
+        for task in (self._writing, self._answering):
+            if task is not None:
+                task.cancel()
 
     def error(self, message: str) -> RunError:
         return RunError(message)
@@ -186,7 +184,7 @@ class Run:
             if not graded.done() and self._writing.done():
                 graded.cancel()
                 if self._writing.cancelled() and self.stopping:
-                    raise Interrupted
+                    raise Stopped
                 self._writing.result()  # raises what stopped the writing
             yield await graded
 
@@ -299,7 +297,14 @@ class Run:
 
     async def _evaluate(self, step: int) -> None:
         began_s, questions, samples = time.monotonic(), list(self.held_out), self.config.evaluation.samples
-        groups = await self.writer.all(evaluate.tag(step), questions, samples, evaluate.sampling(self.config))
+        answers = self.writer.all(evaluate.tag(step), questions, samples, evaluate.sampling(self.config))
+        self._answering = asyncio.create_task(answers)
+        try:
+            groups = await self._answering
+        except asyncio.CancelledError:
+            if self.stopping:
+                raise Stopped from None
+            raise
         result = evaluate.summarise(groups, self.config.rewards)
         self.log.evaluation({"step": step, **result, "time_s": time.monotonic() - began_s})
         self.log.evaluation_samples(step, groups, self.config.rewards)

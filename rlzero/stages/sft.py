@@ -14,16 +14,18 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rlzero import interrupt
 from rlzero.config.read import UsageError
 from rlzero.config.sft import SftConfig
 from rlzero.data.examples import Examples, Progress, load_examples, load_sft_tokenizer
+from rlzero.lock import alone
 from rlzero.report.display import counting
 from rlzero.report.log import FILES, RunLog
 from rlzero.stages.export import export
@@ -127,9 +129,16 @@ def prepare(config: SftConfig, progress: Progress = lambda done, total: None) ->
 
 
 def train(config: SftConfig, resume: bool, say: Say = lambda line: None) -> Path:
-    """The whole run; returns the folder of the trained model. Ctrl-C saves and raises `KeyboardInterrupt`. Raises
-    `UsageError` where a run of that name is there already and `resume` is not asked for."""
-    folder, rank = config.run_dir, rank_here(config.parallel)
+    """The whole run; returns the folder of the trained model. A signal saves and raises `interrupt.Interrupted`. Raises
+    `UsageError` where a run of that name is there already and `resume` is not asked for, and where another process
+    trains in its folder."""
+    rank = rank_here(config.parallel)
+    with alone(config.run_dir) if rank == 0 else nullcontext():
+        return _train_alone(config, resume, say, rank)
+
+
+def _train_alone(config: SftConfig, resume: bool, say: Say, rank: int) -> Path:
+    folder = config.run_dir
     if rank:
         say = _say_nothing
     newest = checkpoint.latest(folder / "checkpoints")
@@ -171,7 +180,7 @@ def _say_nothing(line: str) -> None:
 
 def _stopped(run: SftRun) -> Path:
     run.say(f"stopped before step {run.step + 1}; `rlzero sft ... --resume` goes on")
-    raise KeyboardInterrupt
+    raise interrupt.Interrupted(run.signal)
 
 
 class SftRun:
@@ -184,7 +193,7 @@ class SftRun:
         self.dir = config.run_dir
         self.log = RunLog(self.dir, config.tracking, yaml.safe_load(config.resolved_yaml())) if rank == 0 else None
         self.step = 0  # the next one
-        self.stopping = False
+        self.stopping, self.signal = False, int(signal.SIGINT)
         held_out = prepared.held_out
         self.held_out: list[Batch] = (
             pack([row.sample for row in held_out], config.tokens_per_micro_batch) if held_out is not None else []
@@ -296,19 +305,16 @@ class SftRun:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C ends the run after the step in flight, the second at once."""
+        """The first signal ends the run after the step in flight, a second Ctrl-C at once."""
 
-        def stop(number: int, frame: Any) -> None:
-            if self.stopping:
-                raise KeyboardInterrupt
-            self.stopping = True
+        def stop(number: int) -> None:
+            self.stopping, self.signal = True, number
             self.say("stopping after this step")
 
-        before = signal.signal(signal.SIGINT, stop)
         try:
-            yield
+            with interrupt.graceful(stop):
+                yield
         finally:
-            signal.signal(signal.SIGINT, before)
             if self.log is not None:
                 self.log.close()
             self.ranks.close()

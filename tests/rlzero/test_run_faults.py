@@ -22,7 +22,7 @@ from rlzero.rl.groups import Group
 from rlzero.rl.run import Run
 from trainer.checkpoint import checkpoint
 
-from .conftest import STEPS, Train
+from .conftest import STEPS, Train, _title
 
 pytestmark = pytest.mark.timeout(500)
 
@@ -70,19 +70,56 @@ def test_a_run_whose_trainer_dies_goes_on_by_itself_to_the_same_result(finished,
     assert told(train.run_dir) == told(finished)
 
 
-def test_ctrl_c_saves_exits_with_130_and_leaves_nothing_behind(write_config, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["INT", "TERM", "HUP"]
+)
+def test_a_signal_saves_exits_with_its_code_and_leaves_nothing_behind(number, code, write_config, tmp_path):
     with Train(write_config(tmp_path, steps=500, **{"checkpoint.every": 0})) as train:
         train.wait_for_step(1)
         family = train.family()
         assert {"127.0.0.1"} >= listening(family) != set()
-        os.killpg(train.process.pid, signal.SIGINT)  # as a terminal sends it: to the whole group
-        assert train.wait(30) == 130, train.text
+        os.killpg(train.process.pid, number)  # to the whole group, as a terminal and Slurm do
+        assert train.wait(30) == code, train.text
         assert "stopped before step" in train.text and "--resume" in train.text and "Traceback" not in train.text
         assert not train.left_behind(10.0)
     saved = checkpoint.latest(train.run_dir / "checkpoints")
     done = read_lines(train.run_dir / "metrics.jsonl")[-1]["step"]
     assert saved is not None and saved.name == f"step-{done + 1:06d}"
     checkpoint.verify(saved)
+
+
+def test_a_run_in_an_evaluation_whose_reward_hangs_ends_in_ten_seconds(write_config, tmp_path):
+    reward = tmp_path / "hangs.py"
+    reward.write_text("import time\ndef score(completion, **row):\n    time.sleep(1000)\n")
+    with Train(write_config(tmp_path, rewards=[{"fn": f"{reward}:score", "timeout_s": 900}])) as train:
+        until_s = time.monotonic() + 60
+        while not any("RolloutWorker" in _title(p) for p in train.family()):
+            assert time.monotonic() < until_s and train.process.poll() is None, train.text
+            time.sleep(0.1)
+        time.sleep(6)
+        os.killpg(train.process.pid, signal.SIGINT)
+        assert train.wait(12) == 130, train.text
+        assert not train.left_behind(10.0)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_a_lock_of_a_dead_one_is_not(write_config, tmp_path):
+    config = write_config(tmp_path, steps=500, **{"checkpoint.every": 0})
+    with Train(config) as train:
+        train.wait_for_step(0)
+        with Train(config, "--resume") as second:
+            assert second.wait(60) == 2
+            assert f"process {train.process.pid} on" in second.text and "name=" in second.text
+        train.kill()
+    with Train(config, "--resume", "steps=1") as third:
+        assert third.wait(100) == 0, third.text
+
+
+def test_files_named_like_the_products_packages_do_no_harm(write_config, tmp_path):
+    config = write_config(tmp_path, steps=1)
+    for name in ("trainer", "rollout", "rewards", "datasets", "random", "config"):
+        (tmp_path / f"{name}.py").write_text("x = 1\n")
+    with Train(config) as train:
+        assert train.wait(100) == 0, train.text
 
 
 def listening(processes: list[psutil.Process]) -> set[str]:
