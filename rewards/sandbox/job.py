@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import builtins
+import contextlib
 import inspect
 import io
 import operator
@@ -140,14 +141,17 @@ class _Server:
             owner = _find(self.namespace, target) if isinstance(target, str) else self.objects[target]
             if operation == "name":
                 return {"value": ["o", self.keep(owner)]}
-            answer = {}
+            answer, printed = {}, io.StringIO()
             try:
-                result = _OPERATIONS[operation](owner, *arguments, **keywords)
-                if inspect.iscoroutine(result):
-                    result, answer = asyncio.run(result), {"awaitable": True}
+                with contextlib.redirect_stdout(printed):
+                    result = _OPERATIONS[operation](owner, *arguments, **keywords)
+                    if inspect.iscoroutine(result):
+                        result, answer = asyncio.run(result), {"awaitable": True}
                 answer["value"] = values.encode(result, None if operation == "plain" else self.keep, by_value)
             except BaseException as error:  # noqa: BLE001
                 answer = self.raised(error)
+            if printed.tell():
+                answer["printed"] = printed.getvalue()
             if wants_arguments:
                 answer["arguments"] = values.encode((arguments, keywords), self.keep, by_value=True)
             return answer

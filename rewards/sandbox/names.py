@@ -73,6 +73,8 @@ def names_of(tests: tuple[str, ...], entries: tuple[str, ...] = (), setup: str =
             f"the tests use {unknown}, which neither they, their setup nor Python define, and end there, maybe without "
             f"calling the candidate; if it defines them, name them in entry_point, beside {candidate}"
         )
+    if patched := (scan.attributed | set(scan.loaded)) & {"patch", "mock", "monkeypatch"}:
+        raise ValueError(f"the tests use {sorted(patched)}, which cannot reach into the candidate's process")
     use = _Use(scan, set(candidate))
     if not entries:
         use.check_clear()
@@ -165,7 +167,7 @@ class _Use:
         for node in scan.nodes:
             classes |= self._classes(node)
             functions |= self._functions(node)
-        camel = {n for n in candidate if n[:1].isupper() and "_" not in n and not n.isupper()}
+        camel = {n for n in candidate if n[:1].isupper() and "_" not in n and (len(n) == 1 or not n.isupper())}
         self.objects = classes | (camel - functions)
 
     def source(self, node: ast.AST) -> str | None:

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator
 from . import values
 from .job import ARITHMETIC, CANDIDATE_ENDED, PARENT, PEER, REFLECTED, UNARY, describe
 
-# Exceptions of the candidate that are not raised as what they are: these would silently end a loop of the test.
-_ENDS_LOOPS = ("StopIteration", "StopAsyncIteration")
+# Exceptions of the candidate that are not raised as what they are: they would silently end a loop, or a whole test.
+_END_SILENTLY = ("StopIteration", "StopAsyncIteration", "GeneratorExit")
+_END_TESTS = ("unittest", "asyncio", "concurrent", "doctest", "bdb")
 _YES_NO = {name for kind in (str, bytes, set) for name in dir(kind) if name.startswith("is") or name.endswith("swith")}
 _CONTAINERS = (list, dict, set, bytearray)
 
@@ -62,6 +63,8 @@ class _Link:
                 raise values.BadValue("an answer that is neither a value nor an error")
             if in_place and "arguments" in answer:
                 _take_over((arguments, keywords), values.decode(answer["arguments"], self.stand_in))
+            if type(answer.get("printed")) is str:
+                sys.stdout.write(answer["printed"])  # for a test that captures what is printed
             if type(answer.get("raised")) is dict:
                 raise self.raised(answer["raised"])
             if "value" not in answer:
@@ -88,7 +91,7 @@ class _Link:
     def object(self, number: int, plain: object = None) -> Handle:
         return Handle(self, number, is_object=True)
 
-    def raised(self, claim: dict) -> Exception:
+    def raised(self, claim: dict) -> BaseException:
         """An exception of this process for one of the candidate's: of the first of its classes that is the standard
         library's, and of the test's own class where the test catches it by a name of the candidate's."""
         classes = claim.get("classes")
@@ -125,14 +128,15 @@ class _Link:
         os._exit(0)
 
 
-def _genuine(name: str) -> type[Exception] | None:
+def _genuine(name: str) -> type[BaseException] | None:
     """The standard library's exception class of this full name, where raising it can only end a test."""
     module, _, name = name.rpartition(".")
-    known = module.partition(".")[0] in sys.stdlib_module_names or module == "builtins"
+    package = module.partition(".")[0]
+    known = package in sys.stdlib_module_names and package not in _END_TESTS
     found = getattr(sys.modules.get(module), name, None) if known else None
-    if not isinstance(found, type) or not issubclass(found, Exception) or name in _ENDS_LOOPS:
+    if not isinstance(found, type) or not issubclass(found, BaseException) or name in _END_SILENTLY:
         return None
-    return found
+    return None if found is BaseException else found
 
 
 def _take_over(old: object, new: object) -> object:

@@ -472,7 +472,19 @@ assert all(x>0 for x in r)
     ),
 }
 
+UNITTEST = """
+import unittest
+class T(unittest.TestCase):
+    def test(self):
+        self.assertEqual(f(1), 2)
+r = unittest.TestResult()
+unittest.defaultTestLoader.loadTestsFromTestCase(T).run(r)
+assert r.wasSuccessful()
+"""
+
 WRONG = {
+    "skips a unittest": ("import unittest\ndef f(x): raise unittest.SkipTest('x')", UNITTEST),
+    "stops a unittest": ("import unittest.case\ndef f(x): raise unittest.case._ShouldStop()", UNITTEST),
     "changed where the result points to": (
         "def find(x, v): x[0] = v; return 0",
         "xs = [1, 2, 3]\ni = find(xs, 3)\nassert xs[i] == 3",
@@ -779,7 +791,29 @@ def f(n): return E()
     ),
 }
 
+RIGHT |= {
+    "prints": (
+        "def f(): print('hi')",
+        "import io, contextlib\nb = io.StringIO()\nwith contextlib.redirect_stdout(b):\n    f()\n"
+        "assert b.getvalue() == 'hi\\n'",
+    ),
+    "exits": ("import sys\ndef f(): sys.exit(3)", "import pytest\nwith pytest.raises(SystemExit):\n    f()"),
+    "a method in place": (
+        "class Solution:\n    def rotate(self, n, k): n[:] = n[-k:] + n[:-k]",
+        "nums = [1, 2, 3]\nSolution().rotate(nums, 1)\nassert nums == [3, 1, 2]",
+    ),
+    "sends into a generator": (
+        "def acc():\n    t = 0\n    while True:\n        t += yield t",
+        "g = acc()\nassert next(g) == 0\nassert g.send(5) == 5",
+    ),
+}
+
 REFUSED = {
+    "dataclasses compared": (
+        "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int",
+        "assert P(1) == P(1)",
+    ),
+    "patched": ("def f(): return input()", "from unittest.mock import patch\nwith patch('builtins.input'):\n    f()"),
     "eq objects": (
         VECTOR,
         "assert Vector(1,2)+Vector(3,4)==Vector(4,6)",
@@ -876,7 +910,7 @@ def test_a_wrong_program_is_not(sandbox, name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_test_that_only_the_candidate_could_judge_is_refused(sandbox, name):
-    with pytest.raises(ValueError, match="entry_point|compares|set or a dict|__exit__|numpy_not"):
+    with pytest.raises(ValueError, match="entry_point|own __eq__|reach into|compares|set or a dict|__exit__|numpy_not"):
         verdict(sandbox, *REFUSED[name])
 
 
