@@ -40,11 +40,12 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo setup test test-setup test-gpu requirements lint clean
+.PHONY: help demo setup test test-quick test-setup test-gpu requirements lint clean
 
 help:
 	@echo "make demo      set up, train the demo on this machine's CPU, write its report (minutes)"
 	@echo "make test      set up, run the tests"
+	@echo "make test-quick  of these, the ones that start no runs and no engines: a contributor's loop (3 minutes)"
 	@echo "make test-gpu  run the tests that need a Hopper GPU, in the Python that is active"
 	@echo "make setup     only create $(VENV) with the rlzero command"
 
@@ -60,6 +61,9 @@ test-setup: $(VENV)/.test
 
 test: test-setup
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+test-quick: test-setup
+	$(BIN)/python -m pytest -m "not gpu and not slow and not long" $(ARGS)
 
 test-gpu:
 	python -m pytest -m gpu $(ARGS)

@@ -59,7 +59,7 @@ def test_what_is_no_expression_is_unparsed(answer):
     "completion, verdict",
     [
         ("<answer>(1+2)*8</answer></think><answer>1+2+8</answer>", "wrong"),  # only what follows the reasoning
-        ("a</think>b</think><answer>(1+2)*8</answer>", "correct"),
+        ("a</think>b</think><answer>(1+2)*8</answer>", "unparsed"),  # where the reasoning ends is not clear
         ("a</think><answer>1+2+8</answer><answer>(1+2)*8</answer>", "unparsed"),
         ("a</think>(1+2)*8", "unparsed"),
         ("<think>a <answer>(1+2)*8</answer>", "unparsed"),  # never stopped reasoning

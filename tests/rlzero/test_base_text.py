@@ -88,7 +88,7 @@ PRETRAIN = """
 import sys
 from pathlib import Path
 import torch
-from rlzero import stages
+from rlzero.examples.countdown import pretrain as stages
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
