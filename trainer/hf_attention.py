@@ -7,8 +7,6 @@ padding, so the plain causal kernels serve, without a mask in memory and without
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,25 +17,14 @@ from trainer.model.documents import group_documents
 NAME = "rlzero_packed"  # under which transformers knows `attend`
 
 
-@dataclass(frozen=True)
 class Layout:
     """Where every packed token stands in the padded groups, which follow one another in the padded order."""
 
-    shapes: tuple[tuple[int, int], ...]  # (documents, longest) of every group
-    source: Int[Tensor, " padded"]  # the packed token in every padded place
-    place: Int[Tensor, " n"]  # the padded place of every packed token
-
-    @classmethod
-    def of(cls, bounds: Int[Tensor, " documents+1"], device: torch.device) -> Layout:
-        groups = group_documents(bounds).groups
-        place = torch.empty(int(bounds[-1]), dtype=torch.long)
-        start = 0
-        for group in groups:
-            real = torch.arange(group.source.numel()) if group.real is None else group.real
-            place[group.tokens] = start + real
-            start += group.source.numel()
-        source = torch.cat([group.source.flatten() for group in groups])
-        return cls(tuple(tuple(group.source.shape) for group in groups), source.to(device), place.to(device))
+    def __init__(self, bounds: Int[Tensor, " sequences+1"], device: torch.device):
+        grouped = group_documents(bounds, device=device)
+        self.shapes = [tuple(group.source.shape) for group in grouped.groups]  # (sequences, longest)
+        self.source: Int[Tensor, " padded"] = grouped.source  # the packed token in every padded place
+        self.place: Int[Tensor, " n"] = grouped.place  # the padded place of every packed token
 
     def pad(self, x: Float[Tensor, "n ..."]) -> list[Float[Tensor, "documents longest ..."]]:
         """The groups of `x`; only for values whose padding reaches nothing that `unpad` keeps."""

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer import hf_attention as packed_attention
 from trainer.batch import Batch
-from trainer.checkpoint.folder import FolderReader, FolderWriter
+from trainer.checkpoint.folder import FolderReader, FolderWriter, mismatches
 from trainer.checkpoint.hf import SHARD_BYTES, layout
 from trainer.hf_attention import Layout
 from trainer.hf_model import TOLERANCE, hold_rotation, load_config, load_model, named_tensors
@@ -65,7 +65,7 @@ class TransformersPolicy(Policy):
     def hidden(self, batch: Batch) -> Float[Tensor, "n hidden"]:
         if batch.routed_experts is not None:
             raise ValueError("routed_experts is set: routing is replayed in DeepSeek-V3 models only")
-        layout = Layout.of(batch.bounds, self.device)
+        layout = Layout(batch.bounds, self.device)
         if not self.packed:
             return self._padded(batch, layout)
         out = self.module.base_model(
@@ -124,15 +124,9 @@ class TransformersPolicy(Policy):
             )
         live = {name: tuple(tensor.shape) for name, tensor in self.weights()}
         stored = {name: entry.shape for name, entry in FolderReader(folder).entries.items()}
-        wrong = [f"missing {name}" for name in live.keys() - stored.keys()]
-        wrong += [f"unexpected {name}" for name in stored.keys() - live.keys()]
-        wrong += [
-            f"{name} has shape {list(stored[name])}, expected {list(live[name])}"
-            for name in live.keys() & stored.keys()
-            if live[name] != stored[name]
-        ]
+        wrong = mismatches(live, stored)
         if wrong:
-            raise ValueError(f"{folder} does not fit this policy: {'; '.join(sorted(wrong)[:8])}")
+            raise ValueError(f"{folder} does not fit this policy: {'; '.join(wrong[:8])}")
         # through a second model: it alone knows how the checkpoint's tensors are fused
         other = load_model(folder, saved, self.options.longest, dtype=self.module.dtype)
         self.module.load_state_dict(other.state_dict())

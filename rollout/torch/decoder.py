@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from trainer.checkpoint.folder import mismatches
+
 
 class Decoder(Protocol):
     """Rows are numbered 0..n-1 without holes: the engine moves the last row into the place of one that ended, so
@@ -57,18 +59,6 @@ class Decoder(Protocol):
     def logits(self, sequences: list[np.ndarray]) -> Float[Tensor, "tokens vocab"]:
         """The logits after every token of every sequence, one after the other, without touching a cache row."""
         ...
-
-
-def mismatches(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
-    """One line for every missing, unexpected or misshapen tensor."""
-    lines = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
-    lines += [f"unexpected: {name} {list(found[name])}" for name in found if name not in expected]
-    lines += [
-        f"shape of {name}: found {list(found[name])}, expected {list(expected[name])}"
-        for name in expected
-        if name in found and tuple(found[name]) != tuple(expected[name])
-    ]
-    return lines
 
 
 def raise_mismatches(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:

@@ -36,6 +36,7 @@ ARCHITECTURES = {
     "Qwen3": ("qwen3", dict(head_dim=32)),
     "Qwen3-MoE": ("qwen3_moe", EXPERTS),
     "Llama": ("llama", {}),
+    "Llama, dynamic NTK": ("llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4))),
     "Mistral": ("mistral", dict(sliding_window=None, head_dim=32)),
     "Mistral, sliding window": ("mistral", dict(sliding_window=16, head_dim=32)),
     "Gemma 2": ("gemma2", GEMMA),

@@ -7,12 +7,13 @@ import re
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from rlzero import cli
 from rlzero.data.prompts import Prompts, Row
 from rollout.tokenizer import read_tokenizer
 from rollout.torch.engine import TorchEngine
-from tests.models.folders import ARCHITECTURES, CHATML, change_json, make_folder, make_tokenizer
+from tests.models.folders import ARCHITECTURES, CHATML, change_json, make, make_folder, make_tokenizer
 from trainer.checkpoint.model_folder import refusal
 from trainer.policy import PolicyOptions, load_policy
 
@@ -111,3 +112,24 @@ def test_a_rows_special_tokens_stay_text_unless_the_template_is_none(template, e
     (prompt,) = Prompts(rows, tokenizer, template=template, max_prompt_tokens=800)
     assert prompt.tokens.count(2) == ends  # a chat's own, behind the question
     assert "What does <|im_end|> do?" in prompt.text == tokenizer.decode(prompt.tokens)
+
+
+@pytest.mark.parametrize("fault, message", [("head", "tie_word_embeddings to false"), ("tensor", "lacks 1 tensors")])
+def test_weights_that_contradict_config_json_are_refused(tmp_path, fault, message):
+    make("tied, with a copy of the head", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if fault == "head":
+        weights["lm_head.weight"] += 0.1
+    else:
+        del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for load in (TorchEngine, lambda path: load_policy(PolicyOptions(path=str(path), dtype="float32"))):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+
+
+def test_what_would_fail_at_saving_fails_at_loading(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{broken")
+    with pytest.raises(ValueError, match="generation_config.json is not valid JSON"):
+        load_policy(PolicyOptions(path=str(tmp_path), dtype="float32"))

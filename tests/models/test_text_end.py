@@ -9,7 +9,7 @@ import pytest
 
 from rollout.engine import Request, Sampling, generate
 from rollout.torch.engine import TorchEngine
-from tests.models.folders import CHATML, change_json, make_folder, make_tokenizer
+from tests.models.folders import CHATML, SPECIAL, change_json, make_folder, make_tokenizer
 from trainer.checkpoint.model_folder import generation_fields, text_end, turn_end
 from trainer.packing import Sample, pack
 from trainer.policy import PolicyOptions, load_policy
@@ -96,3 +96,20 @@ def test_a_checkpoint_names_what_ends_a_text_and_is_repaired(tmp_path):
 def test_flags_of_sampling_stay_where_it_samples(tmp_path):
     change_json(tmp_path / "generation_config.json", do_sample=True, temperature=0.9, top_p=0.6, eos_token_id=7)
     assert generation_fields(tmp_path, (7,)) == {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 7}
+
+
+def test_vllm_ends_at_the_same_tokens_with_the_same_text(tmp_path, vllm_process):
+    tokenizer = make_tokenizer([*SPECIAL, "<think>"], chat_template=CHATML)
+    make_folder(tmp_path, tokenizer=tokenizer, vocab_size=len(tokenizer), initializer_range=0.02)
+    arguments = {"enforce_eager": True, "kv_cache_memory_bytes": 32 << 20}
+    engine = vllm_process.VLLMEngine(tmp_path, dtype="float32", max_context=200, max_batch=8, engine_args=arguments)
+    try:
+        asked = [Request(f"p{i}", 0, (9, 8, 7 + i), Sampling(150, seed=3)) for i in range(24)]
+        rollouts = generate(engine, asked)
+    finally:
+        engine.close()
+    stopped = [r for r in rollouts if r.finish_reason == "stop"]
+    assert {r.tokens[-1] for r in stopped} == {EOS, END} and any("<think>" in r.text for r in rollouts)
+    for r in rollouts:
+        kept = r.tokens[:-1] if r.finish_reason == "stop" else r.tokens
+        assert r.text == tokenizer.decode(kept, skip_special_tokens=False) and not {EOS, END} & set(kept)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rollout.probe import logprob_diff, probe_sequences
+from rollout.probe import COUNT, far_sequences, logprob_diff, probe_sequences, worst_logprob_diff
 
 
 def test_gap_of_known_distances():
@@ -48,3 +48,16 @@ def test_probe_is_fixed_and_avoids_special_tokens():
     assert [len(s) for s in first] == [50] * 3
     assert {t for s in first for t in s} <= set(range(1, 39))
     assert first != probe_sequences(40, count=3, length=50, without={0, 39}, seed=1)
+
+
+def test_far_sequences_end_behind_each_switch_that_a_run_reaches():
+    far = far_sequences([16, 128, 500], longest=150, vocab_size=40, without={0})
+    assert {border: len(tokens) for border, tokens in far.items()} == {16: 48, 128: 150}
+    assert not far_sequences([4096], longest=8192, vocab_size=1 << 18)  # more logits than an engine may hold
+
+
+def test_a_difference_behind_a_switch_is_not_thinned_by_the_tokens_before_it():
+    near, far = [np.zeros(32)] * COUNT, np.zeros(4128)
+    off = far.copy()
+    off[4096:] = 0.5
+    assert worst_logprob_diff([*near, far], [*near, off], [4096])["mean_abs"] == pytest.approx(0.5)

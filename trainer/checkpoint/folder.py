@@ -244,6 +244,18 @@ def _shards(entries: Iterable[Entry], shard_bytes: int) -> list[list[Entry]]:
     return shards
 
 
+def mismatches(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> list[str]:
+    """One line for every missing, unexpected or misshapen tensor."""
+    lines = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
+    lines += [f"unexpected: {name} {list(found[name])}" for name in found if name not in expected]
+    lines += [
+        f"shape of {name}: found {list(found[name])}, expected {list(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    return lines
+
+
 def refuse(what: str, wrong: list[str], shown: int = 50) -> NoReturn:
     """Raises ValueError that lists the mistakes."""
     more = [f"and {len(wrong) - shown} more"] if len(wrong) > shown else []

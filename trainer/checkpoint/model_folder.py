@@ -131,6 +131,7 @@ def generation_fields(folder: str | Path | None, end_tokens: Iterable[int]) -> d
     """The generation_config.json of a checkpoint: that of `folder` with `end_tokens`. Where it decodes greedily, flags
     that only sampling reads are left out: transformers refuses to write them."""
     found = read_json(Path(folder) / "generation_config.json") if folder is not None else {}
+    found.pop("_from_model_config", None)  # or transformers takes the ids of config.json again
     if not found.get("do_sample"):
         for name in ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
             found.pop(name, None)
