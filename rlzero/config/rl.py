@@ -38,9 +38,9 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Data(_Section):
-    """Where questions come from. A source is `countdown`, a path to a JSON-lines file, or `module:function` (also
-    `file.py:function`) that returns rows; it is called with the params, and with `seed` and `split` if it takes them.
-    """
+    """Where questions come from. A source is `countdown`, a file, a folder, a data set of the hub, or `module:function`
+    (also `file.py:function`) that returns rows; it is called with the params, and with `seed` and `split` if it takes
+    them. See rlzero.data.sources."""
 
     train: str
     evaluation: str | None = None  # held-out questions; none means no evaluation
@@ -49,6 +49,9 @@ class Data(_Section):
     prompt_column: str = "prompt"
     answer_column: str | None = None  # must be in every row if set, and is what a reward gets as `answer`
     template: Literal["r1-zero", "chat", "none"] = "r1-zero"
+    system: str | None = None  # system message of rows without one (template chat)
+    suffix: str | None = None  # follows every question as it is written
+    bad_rows: Literal["error", "drop"] = "error"  # that are too long, or that no completion can be paid for
     max_prompt_tokens: Positive = 1024
 
 
@@ -249,6 +252,8 @@ def conflicts(config: Config) -> Iterator[Conflict]:
             f"batch.group_size: 1, but advantage {algorithm.advantage} compares the completions of a group; "
             "use at least 2, or algorithm.advantage=reinforce_pp",
         )
+    if data.system is not None and data.template != "chat":
+        yield ("data.system", "data.template"), f"data.system: is for data.template chat, found {data.template}"
     longest = data.max_prompt_tokens + rollout.max_tokens
     if batch.tokens_per_micro_batch < longest:
         yield (

@@ -22,9 +22,9 @@ TOTAL_STEPS = "follows from the rows, epochs and the size of a step; leave it ou
 
 
 class SftData(_Section):
-    """Rows to learn from. A source is a path to JSON lines, a dump of `rlzero generate`, or `module:function` (also
-    `file.py:function`). A row is a conversation (`messages`), a pair (`prompt`, `completion`) or plain text (`text`).
-    """
+    """Rows to learn from. A source is a file, a folder, a data set of the hub, a dump of `rlzero generate`, or
+    `module:function` (also `file.py:function`), see rlzero.data.sources. A row is a conversation (`messages`), a pair
+    (`prompt`, `completion`) or plain text (`text`); ShareGPT's and Alpaca's columns are known too."""
 
     train: str
     evaluation: str | None = None  # held-out rows of their own
@@ -36,8 +36,11 @@ class SftData(_Section):
     completion_column: str = "completion"
     text_column: str = "text"
     template: Literal["chat", "r1-zero", "none"] = "chat"
+    system: str | None = None  # system message of rows without one (template chat)
+    suffix: str | None = None  # follows the question of a pair as it is written
     chat_template: str | None = None  # a Jinja file in place of the tokenizer's own; saved with the model
     loss_on: Literal["completion", "all"] = "completion"  # completion: the assistant's turns only
+    partial_answers: Literal["error", "learn"] = "error"  # of which the template drops a part, such as the thoughts
     max_tokens: Positive | None = None  # longest row; none takes the policy's context
     too_long: Literal["error", "truncate", "drop"] = "error"
     keep: Literal["correct", "all"] = "correct"  # of a dump: what its first reward that applies calls correct
@@ -142,6 +145,8 @@ def conflicts(config: SftConfig) -> Iterator[Conflict]:
             f"evaluation.every: {config.evaluation.every}, but there are no held-out rows; set data.evaluation or "
             "data.held_out",
         )
+    if data.system is not None and data.template != "chat":
+        yield ("data.system", "data.template"), f"data.system: is for data.template chat, found {data.template}"
     if data.chat_template is not None and data.template != "chat":
         yield ("data.chat_template",), f"data.chat_template: is for data.template chat, found {data.template}"
     if policy.init is not None and policy.tokenizer is None:

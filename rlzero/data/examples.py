@@ -9,13 +9,15 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from rewards.json_form import dumps
 from rlzero.config.sft import SftConfig, SftData, policy_field
 from rlzero.data import dump
 from rlzero.data.chat import (
@@ -24,57 +26,85 @@ from rlzero.data.chat import (
     TextRow,
     chat_segments,
     encode,
+    learned_share,
     marked_by_template,
+    messages_of,
     render,
     special_tokens,
     tokenize,
+    tools_of,
     trimmed,
+    valid,
 )
-from rlzero.data.prompts import DataError, Row, Split, _listed, load_rows, load_tokenizer, prompt_text
+from rlzero.data.prepare import Progress, Result, Results, key_of, prepared, tokenizer_identity
+from rlzero.data.prompts import Template, load_tokenizer
+from rlzero.data.sources import DataError, Row, Split, digest, listed, load_rows
 from rlzero.eval.evaluate import is_correct
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 512  # rows that a tokenizer gets at once: it shares them out to threads
+# Columns that make a question and its answer, beside those that the config names.
+PAIRS = [("prompt", "response"), ("instruction", "output"), ("instruction", "response"), ("query", "response")]
+CONVERSATIONS = ("conversations", "conversation")  # ShareGPT's, beside the column that the config names
 
 
-@dataclass
 class Examples(Sequence[Example]):
-    """All rows of a set, in order. `counts` says what became of others: truncated, dropped, not correct, ..."""
+    """The rows of a set that are learned, in order. `counts` says what became of others: truncated, dropped, not
+    correct, ...; `answers_learned` how much of the answers' words is learned, where the template cuts some."""
 
-    rows: list[Example]
-    counts: dict[str, int] = field(default_factory=dict)
+    def __init__(self, results: Results, lengths: dict[int, int], counts: dict[str, int] | None = None):
+        self._results, self._lengths = results, lengths  # row -> tokens of it that are taken
+        self._rows = list(lengths)
+        self.counts = counts or {}
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
-        return self.rows[index]
+        row = self._rows[index]
+        length, value = self._lengths[row], self._results.value
+        return Example(value("tokens", row)[:length], value("learned", row)[:length], value("where", row))
+
+    def part(self, indices: Sequence[int]) -> Examples:
+        """Those at `indices`, in that order."""
+        rows = [self._rows[i] for i in indices]
+        return Examples(self._results, {row: self._lengths[row] for row in rows}, self.counts)
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self._lengths.values())
 
     @property
     def tokens(self) -> int:
-        return sum(len(row.tokens) for row in self.rows)
+        return sum(self.lengths)
 
     @property
     def learned(self) -> int:
-        return sum(int(row.learned[1:].sum()) for row in self.rows)
+        whole, full = self._results.arrays["learns"], self._results.lengths("tokens")
+        cut = (self[i] for i, row in enumerate(self._rows) if self._lengths[row] < full[row])
+        cut_ = [int(row.learned[1:].sum()) for row in cut]
+        return sum(cut_) + int(sum(whole[row] for row in self._rows if self._lengths[row] == full[row]))
 
     def ends(self, tokenizer: Any) -> set[int]:
         """The special tokens that end what is learned: in writing, they will end the policy's turns."""
-        last = [row.tokens[row.learned & ~np.append(row.learned[1:], False)] for row in self.rows]
+        tokens, learned = self._results.arrays["tokens"], self._results.arrays["learned"]
+        goes_on = np.append(learned[1:], False)
+        goes_on[self._results.arrays["tokens.ends"] - 1] = False
         special = special_tokens(tokenizer) | set(tokenizer.added_tokens_decoder)
-        return special & {int(token) for tokens in last for token in tokens}
+        return special & set(np.unique(tokens[learned & ~goes_on]).tolist())
 
     @property
+    def answers_learned(self) -> float:
+        shares = self._results.arrays["share"]
+        return float(shares[self._rows].mean()) if self._rows else 1.0
+
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of all tokens and masks in their order."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(len(row.tokens).to_bytes(8, "little") + row.tokens.tobytes() + row.learned.tobytes())
-        return digest.hexdigest()[:16]
-
-
-Progress = Callable[[int, int], None]
+        found = hashlib.sha256()
+        for row in self:
+            found.update(len(row.tokens).to_bytes(8, "little") + row.tokens.tobytes() + row.learned.tobytes())
+        return found.hexdigest()[:16]
 
 
 def load_examples(
@@ -91,8 +121,7 @@ def load_examples(
     if data.held_out >= len(train):
         raise DataError(f"data.held_out: {data.held_out}, but {data.train} has {len(train)} rows; leave some to train")
     chosen = set(random.Random("held out").sample(range(len(train)), data.held_out))
-    kept = [row for i, row in enumerate(train.rows) if i not in chosen]
-    return Examples(kept, train.counts), Examples([train.rows[i] for i in sorted(chosen)])
+    return train.part([i for i in range(len(train)) if i not in chosen]), train.part(sorted(chosen))
 
 
 def load_sft_tokenizer(config: SftConfig) -> Any:
@@ -100,7 +129,7 @@ def load_sft_tokenizer(config: SftConfig) -> Any:
     tokenizer = load_tokenizer(str(config.policy.tokenizer_folder))
     if config.data.chat_template is not None:
         try:
-            tokenizer.chat_template = Path(config.data.chat_template).read_text()
+            tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
         except OSError as error:
             raise DataError(
                 f"data.chat_template: {config.data.chat_template} cannot be read: {error.strerror}"
@@ -113,172 +142,227 @@ def read(
 ) -> Examples:
     """Every row of `source` as an `Example` of at most `config.longest_row` tokens. Raises `DataError` that names rows
     which are too long (unless they are truncated or dropped), have nothing to learn or lack a column."""
+    data, counts = config.data, {}
     if is_dump(source):
-        examples, counts = from_dump(source, config.data, tokenizer)
+        results, counts = from_dump(source, data, tokenizer)
     else:
-        rows = load_rows(source, params, split, seed=config.seed if split == "train" else 0)
-        examples, counts = list(examples_of(rows, config.data, tokenizer, progress)), {}
-    _check_vocabulary(examples, config)
-    return Examples(_fit(examples, config, source, counts), counts)
+
+        def rows() -> list[Row]:
+            return load_rows(source, params, split, seed=config.seed if split == "train" else 0)
+
+        content, identity = digest(source), tokenizer_identity(tokenizer)
+        if content is None or params:  # not a file: the rows themselves say what they are
+            made = rows()
+            content, rows = hashlib.sha256(dumps([row.values for row in made]).encode()).hexdigest(), lambda: made
+        shown = [data.messages_column, data.prompt_column, data.completion_column, data.text_column, data.loss_on]
+        key = key_of("examples", source, content, shown, vars(Template.of(data)), identity) if identity else None
+        results = prepared(rows, partial(make_results, data=data, tokenizer=tokenizer), key, progress)
+    _check(results, data)
+    return _fit(results, config, source, counts)
 
 
 # --- rows of text ----------------------------------------------------------------------------------------------------
 
 
-def examples_of(rows: Sequence[Row], data: SftData, tokenizer: Any, progress: Progress) -> Iterator[Example]:
-    """The examples of `rows`, in order. Raises `DataError`."""
-    _check_columns(rows, data)
+def _result(example: Example | DataError, where: str, share: float = 1.0) -> Result:
+    """What one row becomes: its tokens, which are learned, what share of its answers' words that is, its place, and
+    what is wrong with it."""
+    problem = str(example).removeprefix(f"{where}: ") if isinstance(example, DataError) else ""
+    if isinstance(example, DataError):
+        example = _nothing(where)
+    return {
+        "tokens": example.tokens,
+        "learned": example.learned,
+        "learns": example.learned[1:].sum(keepdims=True, dtype=np.int32),  # nothing stands before the first token
+        "share": np.array([share], np.float32),
+        "where": where,
+        "problem": problem,
+    }
+
+
+def make_results(rows: Sequence[Row], data: SftData, tokenizer: Any) -> list[Result]:
+    """The examples of `rows`, in order, with what is wrong with those that cannot be learned."""
     marks = data.loss_on == "completion" and bool(GENERATION.search(str(tokenizer.chat_template or "")))
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        by_template = marks and data.template == "chat"
-        made = [
-            marked_by_template(tokenizer, *_conversation(row, data), row.where)
-            if by_template and _kind(row, data) in ("conversation", "pair")
-            else None
-            for row in chunk
-        ]
-        texts = [_as_text(row, data, tokenizer) for row, done in zip(chunk, made, strict=True) if done is None]
-        encoded = iter(tokenize(texts, tokenizer))
-        for example in made:
-            example = next(encoded) if example is None else example
-            if data.loss_on == "all":
-                example = Example(example.tokens, np.ones(len(example.tokens), bool), example.where)
-            yield example
-        progress(min(start + CHUNK, len(rows)), len(rows))
+    made: list[tuple[Example | DataError | TextRow, float]] = []
+    for row in rows:
+        try:
+            made.append(_example(row, data, tokenizer, marks))
+        except DataError as error:
+            made.append((error, 1.0))
+    encoded = iter(tokenize([item for item, _ in made if isinstance(item, TextRow)], tokenizer))
+    results = []
+    for row, (item, share) in zip(rows, made, strict=True):
+        example = next(encoded) if isinstance(item, TextRow) else item
+        results.append(_result(_learned_whole(example) if data.loss_on == "all" else example, row.where, share))
+    return results
 
 
-def _kind(row: Row, data: SftData) -> Literal["conversation", "pair", "text"] | None:
-    """What the columns of a row make it; the first that fits."""
-    if data.messages_column in row.values:
-        return "conversation"
-    if data.prompt_column in row.values and data.completion_column in row.values:
-        return "pair"
-    return "text" if data.text_column in row.values else None
+def _nothing(where: str) -> Example:
+    return Example(np.zeros(0, np.int32), np.zeros(0, bool), where)
 
 
-def _check_columns(rows: Sequence[Row], data: SftData) -> None:
-    pair = f"'{data.prompt_column}' and '{data.completion_column}'"
-    bad = [
-        f"{row.where}: found {', '.join(map(str, row.values)) or 'an empty object'}"
-        for row in rows
-        if _kind(row, data) is None
-    ]
-    if bad:
-        raise DataError(
-            _listed(
-                f"{len(bad)} of {len(rows)} rows have none of the columns '{data.messages_column}', or {pair}, or "
-                f"'{data.text_column}'; set data.messages_column, data.prompt_column, data.completion_column or "
-                "data.text_column",
-                bad,
-            )
-        )
+def _learned_whole(example: Example | DataError) -> Example | DataError:
+    return example if isinstance(example, DataError) else replace(example, learned=np.ones(len(example.tokens), bool))
 
 
-def _conversation(row: Row, data: SftData) -> tuple[list[dict], list | None]:
-    """The messages of a row and its tools: its own, or those made of prompt and completion."""
-    values = row.values
-    if data.messages_column in values:
-        messages = values[data.messages_column]
-    else:
-        prompt, completion = values[data.prompt_column], values[data.completion_column]
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        if not isinstance(before, list) or not isinstance(after, list):
+def _example(row: Row, data: SftData, tokenizer: Any, marks: bool) -> tuple[Example | TextRow, float]:
+    """A row as text or, where the template marks what is learned, as tokens; and the share of its answers' words that
+    the template keeps. Raises `DataError`."""
+    values, where = row.values, row.where
+    system = values.get("system")
+    template = Template(data.template, system if system and isinstance(system, str) else data.system, data.suffix)
+    conversation, pair = _conversation_of(values, data), _pair_of(values, data)
+    if conversation is None and pair is None:
+        if data.text_column not in values:
             raise DataError(
-                f"{row.where}: '{data.prompt_column}' and '{data.completion_column}' must be texts or lists of "
-                f"messages, found {type(prompt).__name__} and {type(completion).__name__}"
+                f"{where}: none of the columns '{data.messages_column}', or '{data.prompt_column}' and "
+                f"'{data.completion_column}', or '{data.text_column}', nor ShareGPT's or Alpaca's; found "
+                f"{', '.join(map(str, values)) or 'an empty object'}; set data.messages_column, data.prompt_column, "
+                "data.completion_column or data.text_column"
             )
-        messages = [*before, *after]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
-    ):
-        raise DataError(
-            f"{row.where}: '{data.messages_column}' must be a list of messages, each with `role` and `content`, found "
-            f"{json.dumps(messages, default=str)[:120]}"
-        )
-    return messages, values.get("tools")
-
-
-def _as_text(row: Row, data: SftData, tokenizer: Any) -> TextRow:
-    values, kind = row.values, _kind(row, data)
-    if kind == "text":
         text = values[data.text_column]
         if not isinstance(text, str):
-            raise DataError(f"{row.where}: column '{data.text_column}' must hold a text, found {text!r:.80}")
-        return TextRow([(text, True)], True, row.where)
+            raise DataError(f"{where}: column '{data.text_column}' must hold a text, found {text!r:.80}")
+        return TextRow([(valid(text, where), True)], True, where), 1.0
     if data.template == "chat":
         if not tokenizer.chat_template:
             raise DataError(
-                "data.template: chat, but the policy's tokenizer has no chat template; name one with "
+                f"{where}: data.template is chat, but the policy's tokenizer has no chat template; name one with "
                 "data.chat_template, or use r1-zero or none"
             )
-        messages, tools = _conversation(row, data)
+        if conversation is None:
+            before = template.messages(pair[0], where)
+            after = pair[1] if isinstance(pair[1], list) else [{"role": "assistant", "content": pair[1]}]
+            messages = [*before, *messages_of(after, where)]
+        else:
+            is_json = isinstance(conversation, str)
+            messages = template.messages(messages_of(conversation, where) if is_json else conversation, where)
+        tools = tools_of(values.get("tools"))
+        if any(message["role"] == "assistant" and not _says(message) for message in messages):
+            return _nothing(where), 1.0  # said with the rows that learn nothing
+        if marks:
+            example = marked_by_template(tokenizer, messages, tools, where)
+            return example, learned_share(messages, tokenizer.decode(example.tokens[example.learned]))
         if data.loss_on == "all":
-            return TextRow([(render(tokenizer, messages, tools, False, row.where), True)], False, row.where)
-        return TextRow(chat_segments(tokenizer, messages, tools, row.where), False, row.where)
-    if kind == "conversation":
-        raise DataError(f"{row.where}: a conversation ('{data.messages_column}') needs data.template=chat")
-    prompt, completion = values[data.prompt_column], values[data.completion_column]
+            text = render(tokenizer, messages, tools, False, where)
+            return TextRow([(text, True)], False, where), learned_share(messages, text)
+        segments = chat_segments(tokenizer, messages, tools, where)
+        learned = "".join(text for text, is_learned in segments if is_learned)
+        return TextRow(segments, False, where), learned_share(messages, learned)
+    if pair is None:
+        raise DataError(f"{where}: a conversation ('{data.messages_column}') needs data.template=chat")
+    prompt, completion = pair
     if not isinstance(completion, str):
         raise DataError(
-            f"{row.where}: column '{data.completion_column}' must hold a text, found {type(completion).__name__}; a "
+            f"{where}: column '{data.completion_column}' must hold a text, found {type(completion).__name__}; a "
             "list of messages needs data.template=chat"
         )
-    return TextRow(
-        [(prompt_text(prompt, data.template, tokenizer, row.where), False), (completion, True)], True, row.where
-    )
+    text = template.text(prompt, tokenizer, where)
+    return TextRow([(text, False), (valid(completion, where), True)], True, where), 1.0
+
+
+def _conversation_of(values: dict[str, Any], data: SftData) -> Any:
+    """The messages of a row; None for rows of other kinds."""
+    names = (data.messages_column, *CONVERSATIONS)
+    return next((values[name] for name in names if values.get(name) is not None), None)
+
+
+def _pair_of(values: dict[str, Any], data: SftData) -> tuple[Any, Any] | None:
+    """The question and the answer of a row. Alpaca's `input` follows its instruction, its `history` goes before. None
+    for rows of other kinds."""
+    for asked, answered in ((data.prompt_column, data.completion_column), *PAIRS):
+        if asked in values and answered in values:
+            question, answer = values[asked], values[answered]
+            if asked == "instruction" and values.get("input"):
+                question = f"{question}\n\n{values['input']}"
+            before: list[dict] = []
+            for said, replied in values.get("history") or ():
+                before += [{"role": "user", "content": said}, {"role": "assistant", "content": replied}]
+            return [*before, {"role": "user", "content": question}] if before else question, answer or ""
+    return None
+
+
+def _says(message: dict) -> bool:
+    content = message["content"]
+    return bool(content.strip() if isinstance(content, str) else content) or bool(message.get("tool_calls"))
+
+
+def _check(results: Results, data: SftData) -> None:
+    """Raises `DataError` for rows that cannot be learned from, and for answers that the template cuts."""
+    problems: dict[str, list[str]] = {}
+    for i in np.flatnonzero(results.lengths("problem")):
+        problems.setdefault(results.value("problem", i), []).append(results.value("where", i))
+    if problems:
+        count = sum(map(len, problems.values()))
+        more = {problem: f" (and {len(rows) - 1} more rows)" * (len(rows) > 1) for problem, rows in problems.items()}
+        lines = [f"{rows[0]}{more[problem]}: {problem}" for problem, rows in problems.items()]
+        raise DataError(listed(f"{count} of {len(results)} rows cannot be learned from", lines))
+    shares = results.arrays["share"]
+    cut = np.flatnonzero(shares < 1)
+    if len(cut) and data.partial_answers == "error":
+        lines = [f"{results.value('where', i)}: {shares[i]:.0%} of its answers is learned" for i in cut]
+        raise DataError(
+            listed(
+                f"the chat template drops parts of the answers of {len(cut)} of {len(results)} rows (thoughts, most "
+                f"likely): on average {shares[cut].mean():.0%} of their words would be learned; name a template that "
+                "keeps them with data.chat_template, or set data.partial_answers=learn",
+                lines,
+            )
+        )
 
 
 # --- lengths ---------------------------------------------------------------------------------------------------------
 
 
-def _fit(examples: list[Example], config: SftConfig, source: str, counts: dict[str, int]) -> list[Example]:
-    """`examples` without those that are too long, as `data.too_long` says; all have something to learn."""
+def _fit(results: Results, config: SftConfig, source: str, counts: dict[str, int]) -> Examples:
+    """The rows without those that are too long, as `data.too_long` says; all have something to learn."""
     longest, choice = config.longest_row, config.data.too_long
-    if nothing := [row.where for row in examples if not row.learned[1:].any()]:
+    lengths, count = results.lengths("tokens").tolist(), len(results)
+    everything = Examples(results, dict(enumerate(lengths)))
+    _check_vocabulary(everything, results, config)
+    if nothing := [results.value("where", i) for i in np.flatnonzero(results.arrays["learns"] == 0)]:
         raise DataError(
-            _listed(
-                f"{len(nothing)} of {len(examples)} rows have no token to learn (no assistant's turn, or an empty "
-                "answer); take them out",
+            listed(
+                f"{len(nothing)} of {count} rows have no token to learn (no assistant's turn, or an empty answer); "
+                "take them out",
                 nothing,
             )
         )
-    long = [f"{row.where}: {len(row.tokens)} tokens" for row in examples if len(row.tokens) > longest]
+    long = [i for i, length in enumerate(lengths) if length > longest]
     if long and choice == "error":
         raise DataError(
-            _listed(
-                f"{len(long)} of {len(examples)} rows are longer than {longest} tokens (the least of data.max_tokens, "
+            listed(
+                f"{len(long)} of {count} rows are longer than {longest} tokens (the least of data.max_tokens, "
                 "the policy's context and tokens_per_micro_batch); raise them, or set data.too_long=truncate or drop",
-                long,
+                [f"{results.value('where', i)}: {lengths[i]} tokens" for i in long],
             )
         )
-    kept = []
-    for row in examples:
-        if len(row.tokens) > longest and choice == "truncate":
-            row = trimmed(row.tokens[:longest], row.learned[:longest], row.where)
+    kept = dict(enumerate(lengths))
+    for i in long:
+        row = everything[i]
+        row = trimmed(row.tokens[:longest], row.learned[:longest], row.where)
+        if choice == "truncate":
             counts["truncated"] = counts.get("truncated", 0) + 1
-            if not row.learned[1:].any():
-                counts["dropped"] = counts.get("dropped", 0) + 1
-                logger.warning("%s: nothing to learn is left after truncation; dropped", row.where)
+            kept[i] = len(row.tokens)
+            if row.learned[1:].any():
                 continue
-        elif len(row.tokens) > longest:
-            counts["dropped"] = counts.get("dropped", 0) + 1
-            continue
-        kept.append(row)
+            logger.warning("%s: nothing to learn is left after truncation; dropped", row.where)
+        counts["dropped"] = counts.get("dropped", 0) + 1
+        del kept[i]
     if not kept:
         raise DataError(f"{source}: no row is left to learn from ({_said(counts) or 'the data set is empty'})")
-    return kept
+    return Examples(results, kept, counts)
 
 
-def _check_vocabulary(examples: list[Example], config: SftConfig) -> None:
+def _check_vocabulary(examples: Examples, results: Results, config: SftConfig) -> None:
     size = policy_field(config.policy, "vocab_size")
-    for row in examples if size is not None else ():
-        if (highest := int(row.tokens.max(initial=0))) >= size:
-            raise DataError(
-                f"{row.where}: token {highest}, but the policy's vocabulary has {size} tokens: is the tokenizer (or "
-                "data.chat_template) another model's?"
-            )
+    if size is None or int(results.arrays["tokens"].max(initial=0)) < size:
+        return
+    row = next(row for row in examples if row.tokens.max(initial=0) >= size)
+    raise DataError(
+        f"{row.where}: token {row.tokens.max()}, but the policy's vocabulary has {size} tokens: is the tokenizer (or "
+        "data.chat_template) another model's?"
+    )
 
 
 def _said(counts: dict[str, int]) -> str:
@@ -298,7 +382,7 @@ def is_dump(source: str) -> bool:
     return isinstance(first, dict) and str(first.get("kind", "")).startswith("rlzero dump")
 
 
-def from_dump(path: str, data: SftData, tokenizer: Any) -> tuple[list[Example], dict[str, int]]:
+def from_dump(path: str, data: SftData, tokenizer: Any) -> tuple[Results, dict[str, int]]:
     """The completions of a dump (rejection sampling): the tokens as they were sampled where this tokenizer is the one
     that they came from, else prompt and completion encoded anew. Completions that were cut, and with keep: correct
     those that evaluation would not count as correct (`is_correct`), are left out and counted."""
@@ -325,6 +409,7 @@ def from_dump(path: str, data: SftData, tokenizer: Any) -> tuple[list[Example], 
             else:
                 special = not str(group.prompt.text).startswith(str(tokenizer.bos_token))
                 texts.append(TextRow([(group.prompt.text, False), (rollout.text, True)], special, where))
+    wheres = [item.where for item in texts or examples]
     if texts:
         examples = list(tokenize(texts, tokenizer))
     if not examples:
@@ -332,8 +417,8 @@ def from_dump(path: str, data: SftData, tokenizer: Any) -> tuple[list[Example], 
             f"{path}: no completion is left to learn from ({_said(counts)}); data.keep=all takes wrong ones"
         )
     if data.loss_on == "all":
-        examples = [Example(row.tokens, np.ones(len(row.tokens), bool), row.where) for row in examples]
-    return examples, counts
+        examples = [_learned_whole(example) for example in examples]
+    return Results.of([_result(example, where) for example, where in zip(examples, wheres, strict=True)]), counts
 
 
 def _from(tokenizer: Any, tokens: Sequence[int], text: str) -> bool:

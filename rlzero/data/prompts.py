@@ -1,34 +1,35 @@
-"""Data sets and procedural tasks -> a resumable stream of prompts.
+"""Rows -> a resumable stream of prompts.
 
-A source named in the config gives rows; a template turns a row into a prompt's text; the tokenizer turns the text into
-tokens; `PromptStream` hands the prompts out, shuffled anew in every epoch, from a position that survives restarts.
-Whatever is wrong with a file is said with its name and line before anything starts (`DataError`, exit code 2).
+A template turns a row into a prompt's text; the tokenizer turns the text into tokens; `PromptStream` hands the prompts
+out, shuffled anew in every epoch, from a position that survives restarts. Whatever is wrong with a row is said with its
+file and line before anything starts (`DataError`, exit code 2).
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
-import inspect
 import json
 import logging
 import random
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlzero.config.read import UsageError
+import numpy as np
+
+from rewards.json_form import plain
+from rewards.load import Reward, load_reward
 from rlzero.config.rl import Config
+from rlzero.data.chat import messages_of, render, valid
+from rlzero.data.prepare import Progress, Result, key_of, prepared, tokenizer_identity
+from rlzero.data.sources import DataError, Row, Split, listed, load_rows
 from rollout.engine import Prompt
 from rollout.tokenizer import encode_quoted, quoted, read_tokenizer, tokens_past_vocabulary, unquoted
 
 logger = logging.getLogger(__name__)
-
-Split = Literal["train", "evaluation"]
 
 # The conversation of R1-Zero (arXiv 2501.12948, table 1), retold. It ends where the assistant's turn begins, so that
 # the model itself opens <think>.
@@ -40,123 +41,16 @@ R1_ZERO_TEMPLATE = (
     "Assistant:"
 )
 
-SHOWN = 5  # bad lines listed in one error
-
-
-class DataError(UsageError):
-    """A data set, tokenizer or generator that cannot be used; the message says where and what to do."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """The columns of one record and where it stands: `file:line`, or the generator and the index."""
-
-    values: dict[str, Any]
-    where: str
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def read_jsonl(path: str | Path) -> list[Row]:
-    """One row per line of a JSON-lines file; blank lines are skipped. Raises `DataError` that lists bad lines."""
-    path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such data file (looked in {Path.cwd()})") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    if lines[0].lstrip().startswith(b"["):
-        raise DataError(f"{path}:1: this is a JSON array; expected JSON lines, one object on each line")
-    rows: list[Row] = []
-    bad: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            values = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            bad.append(f"{where}: not UTF-8 at byte {error.start}")
-            continue
-        except json.JSONDecodeError as error:
-            bad.append(f"{where}: malformed JSON at column {error.colno}: {error.msg}")
-            continue
-        if not isinstance(values, dict):
-            bad.append(f"{where}: expected a JSON object, found {type(values).__name__}")
-            continue
-        rows.append(Row(values, where))
-    if bad:
-        raise DataError(_listed(f"{path}: {len(bad)} bad line{'s' * (len(bad) > 1)}", bad))
-    return rows
-
-
-def load_rows(source: str, params: dict[str, Any], split: Split, seed: int) -> list[Row]:
-    """The rows of a source: `countdown`, a path to JSON lines, or `module:function` / `file.py:function`.
-
-    A function is called with `params`, and with `seed` and `split` ("train" or "evaluation") where it takes them; it
-    returns dictionaries. Raises `DataError` where the source does not exist, fails or is empty.
-    """
-    function: Callable[..., Iterable[dict]] | None = None
-    if source == "countdown":
-        from rlzero.examples.countdown import task as countdown
-
-        given = {"split": "train" if split == "train" else "held_out", "seed": seed, "count": 4096}
-        accepted = [*inspect.signature(countdown.rows).parameters, *inspect.signature(countdown.tasks).parameters]
-        if unknown := sorted(set(params) - set(accepted)):
-            raise DataError(f"data: countdown takes no parameter {', '.join(unknown)}; it takes {', '.join(accepted)}")
-        function, params = countdown.rows, {**given, **params}
-    elif re.search(r":[A-Za-z_]\w*$", source):
-        function = load_function(source)
-        accepted_by_name = inspect.signature(function).parameters
-        given = {k: v for k, v in {"seed": seed, "split": split}.items() if k in accepted_by_name}
-        params = {**given, **params}
-        try:
-            inspect.signature(function).bind(**params)
-        except TypeError as error:
-            raise DataError(f"data: {source} cannot be called with {sorted(params)}: {error}") from error
-    if function is None:
-        rows = read_jsonl(source)
-        if params:
-            raise DataError(f"data: params {sorted(params)} are given, but {source} is a file and takes none")
-    else:
-        try:
-            made = list(function(**params))
-        except Exception as error:  # the generator is user code: whatever it raises is reported as its failure
-            raise DataError(f"data: {source} failed: {type(error).__name__}: {error}") from error
-        rows = [Row(values, f"{source}[{index}]") for index, values in enumerate(made)]
-        if wrong := [row.where for row in rows if not isinstance(row.values, dict)]:
-            raise DataError(f"data: {wrong[0]} is not a dictionary; a generator returns one dictionary per question")
-    if not rows:
-        raise DataError(f"{source}: the data set is empty")
-    return rows
-
-
-def load_function(address: str) -> Callable:
-    """The function that `package.module:name` or `path/file.py:name` points to. Raises `DataError`."""
-    target, _, name = address.rpartition(":")
-    try:
-        if target.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(target).stem, target)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(target)
-    except Exception as error:  # importing runs user code
-        raise DataError(f"data: {address} does not import: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise DataError(f"data: {address}: {target} has no function {name}")
-    return function
-
-
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path: str | Path) -> Any:
     """The Hugging Face tokenizer in folder `path`. Raises `DataError` where there is none or it has no EOS."""
+    if not Path(path).is_dir():
+        raise DataError(
+            f"policy.path: {path}: no such folder (looked in {Path.cwd()}); expected the folder of a model. One of the "
+            f"Hugging Face hub is had by `hf download {path} --local-dir FOLDER`"
+        )
     try:
         tokenizer = read_tokenizer(path, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -183,41 +77,84 @@ def check_tokenizer(tokenizer: Any, path: str | Path) -> None:
         )
 
 
-def prompt_text(question: str | list[dict], template: str, tokenizer: Any, where: str) -> str:
-    """What the model reads before it writes: the question inside the template, `quoted`, so that no special token comes
-    of it. Template none takes the question as it is, special tokens too."""
-    if template == "chat":
-        if not tokenizer.chat_template:
-            raise DataError("data.template: chat, but the policy's tokenizer has no chat template; use r1-zero or none")
-        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-        messages = quoted_messages(messages, tokenizer)
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if not isinstance(question, str):
-        raise DataError(f"{where}: the prompt is a list of messages, which needs data.template=chat")
-    return R1_ZERO_TEMPLATE.format(prompt=quoted(question, tokenizer)) if template == "r1-zero" else question
+@dataclass(frozen=True)
+class Template:
+    """What stands around a question. `suffix` follows the question as it is written; `system` is the system message of
+    a chat whose row has none of its own."""
+
+    name: Literal["r1-zero", "chat", "none"] = "r1-zero"
+    system: str | None = None
+    suffix: str | None = None
+
+    @classmethod
+    def of(cls, data: Any) -> Template:
+        """That of a config's section `data`."""
+        return cls(data.template, data.system, data.suffix)
+
+    def messages(self, question: Any, where: str) -> list[dict]:
+        """The question as the messages of a chat. Raises `DataError`."""
+        asked = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        messages = messages_of(asked, where)
+        if self.system is not None and messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": self.system}, *messages]
+        if self.suffix and messages[-1]["role"] == "user":
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + self.suffix}]
+        return messages
+
+    def text(self, question: Any, tokenizer: Any, where: str) -> str:
+        """What the model reads before it writes, what comes of the row `quoted`, so that no special token comes of it.
+        Template none takes the question as it is, special tokens too. Raises `DataError`."""
+        if not isinstance(question, str | list) or not question:
+            raise DataError(f"{where}: the prompt must be a text, found {question!r:.80}")
+        if self.name == "chat":
+            if not tokenizer.chat_template:
+                raise DataError(
+                    "data.template: chat, but the policy's tokenizer has no chat template; use r1-zero or none"
+                )
+            return render(tokenizer, self.messages(question, where), None, True, where)
+        if not isinstance(question, str):
+            raise DataError(f"{where}: the prompt is a list of messages, which needs data.template=chat")
+        if self.system is not None:
+            raise DataError(f"{where}: a system message ({self.system!r:.40}) needs data.template=chat")
+        question = valid(question + (self.suffix or ""), where)
+        return R1_ZERO_TEMPLATE.format(prompt=quoted(question, tokenizer)) if self.name == "r1-zero" else question
 
 
-def quoted_messages(messages: list[dict], tokenizer: Any) -> list[dict]:
-    """`messages` with their texts `quoted`, those of the assistant excepted, who writes special tokens."""
-    return [
-        {**m, "content": quoted(m["content"], tokenizer)}
-        if m.get("role") != "assistant" and isinstance(m.get("content"), str)
-        else m
-        for m in messages
-    ]
+def prompt_text(question: Any, template: str, tokenizer: Any, where: str) -> str:
+    """`Template.text` of a template that has nothing but its name."""
+    return Template(template).text(question, tokenizer, where)
 
 
 def prompt_id(question: Any, values: dict[str, Any]) -> str:
     """A name for a question that depends on its content alone: neither on its place in the file nor on the run."""
-    content = json.dumps([question, values], sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    content = json.dumps([question, values], sort_keys=True, ensure_ascii=False, default=plain)
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def column(values: dict[str, Any], name: str) -> Any:
+    """A row's column; `a.b` is the entry `b` of the column `a`. Raises KeyError where there is none."""
+    if name in values:
+        return values[name]
+    first, dot, rest = name.partition(".")
+    if not dot or not isinstance(values.get(first), dict):
+        raise KeyError(name)
+    return column(values[first], rest)
+
+
+def level_of(value: Any) -> float:
+    """A level as a number: itself, or the first number in a text ("Level 3"); 0 for anything else."""
+    if isinstance(value, str):
+        found = re.search(r"-?\d+(\.\d+)?", value)
+        value = float(found[0]) if found else 0
+    return value if isinstance(value, int | float) and value == value else 0
 
 
 class Prompts(Sequence[Prompt]):
     """The prompts of one split, in the order of the data; exact duplicates are left out (and logged).
 
-    Checks every row at once: the columns are there, and no prompt is longer than `max_prompt_tokens`. Tokens are made
-    anew on every access, so that a large data set does not stay in memory twice.
+    Checks every row at once: the columns that are named and those that `rewards` ask for are there, the template takes
+    the question, no prompt is longer than `max_prompt_tokens`, and some completion can be paid (the rewards' own
+    `check_row`). Rows that fail are an error that lists them, or with `bad_rows: drop` left out (and logged).
     """
 
     def __init__(
@@ -228,60 +165,110 @@ class Prompts(Sequence[Prompt]):
         prompt_column: str = "prompt",
         answer_column: str | None = None,
         template: Literal["r1-zero", "chat", "none"] = "r1-zero",
+        system: str | None = None,
+        suffix: str | None = None,
         max_prompt_tokens: int,
+        rewards: Sequence[Reward] = (),
+        bad_rows: Literal["error", "drop"] = "error",
+        progress: Progress = lambda done, total: None,
     ):
-        self._tokenizer, self._template = tokenizer, template
-        _check_columns(rows, [c for c in (prompt_column, answer_column) if c is not None])
-        unique: dict[str, tuple[str, dict]] = {}
-        too_long: list[str] = []
+        self._tokenizer, self._template = tokenizer, Template(template, system, suffix)
+        self._prompt_column, self._rewards = prompt_column, rewards
+        rows = _with_answers(rows, prompt_column, answer_column)
+        _check_rewards(rows, rewards)
+        unique: dict[str, Row] = {}
         for row in rows:
-            question = row.values[prompt_column]
-            if not isinstance(question, str | list) or not question:
-                raise DataError(f"{row.where}: column '{prompt_column}' must hold a text, found {question!r}")
-            values = dict(row.values) if answer_column is None else {**row.values, "answer": row.values[answer_column]}
-            text = prompt_text(question, template, tokenizer, row.where)
-            length = len(self._encode(text))
-            if length > max_prompt_tokens:
-                too_long.append(f"{row.where}: {length} tokens")
-            unique.setdefault(prompt_id(question, values), (text, values))
-        if too_long:
-            raise DataError(
-                _listed(
-                    f"{len(too_long)} of {len(rows)} prompts are longer than the {max_prompt_tokens} tokens that the "
-                    "context leaves for a prompt; raise data.max_prompt_tokens or take them out",
-                    too_long,
-                )
-            )
+            unique.setdefault(prompt_id(column(row.values, prompt_column), row.values), row)
         if len(unique) < len(rows):
             logger.warning("left out %d exact duplicates among %d rows", len(rows) - len(unique), len(rows))
-        self._items = list(unique.items())
+        self._ids, self._rows = list(unique), list(unique.values())
+        self._results = prepared(lambda: self._rows, self._prepare, self._key(), progress)
+        self._kept = self._check(max_prompt_tokens, bad_rows)
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._kept)
 
     def __getitem__(self, index: int) -> Prompt:  # type: ignore[override]
-        identity, (text, values) = self._items[index]
-        return Prompt(id=identity, text=unquoted(text), tokens=tuple(self._encode(text)), row=values)
+        at = self._kept[index]
+        tokens = tuple(self._results.value("tokens", at).tolist())
+        return Prompt(self._ids[at], self._results.value("text", at), tokens, self._rows[at].values)
 
     def level(self, index: int) -> float:
-        """The column `level` of a row, 0 without one: the stream asks lower levels first."""
-        return self._items[index][1][1].get("level", 0)
+        """The column `level` of a row as a number, 0 without one: the stream asks lower levels first."""
+        return level_of(self._rows[self._kept[index]].values.get("level"))
 
     @property
     def fingerprint(self) -> str:
         """A hash of all questions in their order; equal exactly where the data and the template are."""
-        digest = hashlib.sha256(self._template.encode())
-        for identity, _ in self._items:
-            digest.update(identity.encode())
+        template = self._template
+        around = [part for part in (template.system, template.suffix) if part]
+        digest = hashlib.sha256("\0".join([template.name, *around]).encode(errors="surrogatepass"))
+        for at in self._kept:
+            digest.update(self._ids[at].encode())
         return digest.hexdigest()[:16]
+
+    def _key(self) -> str | None:
+        tokenizer = tokenizer_identity(self._tokenizer)
+        rewards = [[reward.address, reward.params] for reward in self._rewards]
+        own = [reward.address for reward in self._rewards if not reward.address.startswith("rewards.")]
+        if tokenizer is None or own:  # what a reward of somebody's own depends on is not known
+            return None
+        return key_of("prompts", self._ids, vars(self._template), self._prompt_column, rewards, tokenizer)
+
+    def _prepare(self, rows: Sequence[Row]) -> list[Result]:
+        """Of every row the prompt's text and tokens, why it cannot be asked, and why it cannot be paid."""
+        found = []
+        for row in rows:
+            text, tokens, refused = "", [], ""
+            try:
+                text = self._template.text(column(row.values, self._prompt_column), self._tokenizer, row.where)
+                tokens = self._encode(text)
+            except DataError as error:
+                refused = str(error)
+            unpaid = next((why for reward in self._rewards if (why := _unpaid(reward, row.values))), "")
+            text, tokens = unquoted(text), np.array(tokens, np.int32)
+            found.append({"text": text, "tokens": tokens, "refused": refused, "unpaid": unpaid})
+        return found
+
+    def _check(self, max_prompt_tokens: int, bad_rows: str) -> list[int]:
+        """The rows that can be asked and paid. Raises `DataError` that lists the others unless they are dropped."""
+        results, count = self._results, len(self._rows)
+        lengths = results.lengths("tokens") if count else []
+        faults: dict[str, dict[int, str]] = {
+            "{} of {} prompts cannot be asked": {
+                i: results.value("refused", i) for i in np.flatnonzero(results.lengths("refused"))
+            },
+            "{} of {} prompts are longer than the " + f"{max_prompt_tokens} tokens that the context leaves for a "
+            "prompt; raise data.max_prompt_tokens or take them out": {
+                i: f"{self._rows[i].where}: {lengths[i]} tokens" for i in np.flatnonzero(lengths > max_prompt_tokens)
+            },
+            "{} of {} rows can never be paid: no completion is right by the rewards of this run; mend the rows, take "
+            "them out, or name another data.answer_column": {
+                i: f"{self._rows[i].where}: {results.value('unpaid', i)}"
+                for i in np.flatnonzero(results.lengths("unpaid"))
+            },
+        }
+        messages = [
+            listed(title.format(len(lines), count), list(lines.values())) for title, lines in faults.items() if lines
+        ]
+        if messages and bad_rows == "error":
+            raise DataError("\n".join([*messages, "(data.bad_rows=drop leaves such rows out)"]))
+        for message in messages:
+            logger.warning("left out: %s", message)
+        bad = {i for lines in faults.values() for i in lines}
+        if len(bad) == count:
+            raise DataError("\n".join([*messages, "no row is left"]))
+        return [i for i in range(count) if i not in bad]
 
     def _encode(self, text: str) -> list[int]:
         # A chat template writes the special tokens itself; else the tokenizer adds its own (BOS), as in pre-training.
-        tokens = encode_quoted(self._tokenizer, text, special=self._template != "chat")
+        tokens = encode_quoted(self._tokenizer, text, special=self._template.name != "chat")
         return tokens[:-1] if tokens and tokens[-1] == self._tokenizer.eos_token_id else tokens
 
 
-def load_prompts(config: Config, tokenizer: Any, split: Split) -> Prompts:
+def load_prompts(
+    config: Config, tokenizer: Any, split: Split, progress: Progress = lambda done, total: None
+) -> Prompts:
     """The prompts of `data.train` or `data.evaluation`. The held-out set is cut to `evaluation.prompts`, drawn once
     and for all: equal for every seed of a run, so that runs can be compared."""
     data = config.data
@@ -298,7 +285,12 @@ def load_prompts(config: Config, tokenizer: Any, split: Split) -> Prompts:
         prompt_column=data.prompt_column,
         answer_column=data.answer_column,
         template=data.template,
+        system=data.system,
+        suffix=data.suffix,
         max_prompt_tokens=data.max_prompt_tokens,
+        rewards=[load_reward(reward.fn, reward.params) for reward in config.rewards],
+        bad_rows=data.bad_rows,
+        progress=progress,
     )
 
 
@@ -363,18 +355,48 @@ class PromptStream:
         return Prompt(id=f"{prompt.id}@{epoch}", text=prompt.text, tokens=prompt.tokens, row=prompt.row)
 
 
-def _check_columns(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    for column in columns:
-        missing = [row for row in rows if column not in row.values]
+def _with_answers(rows: Sequence[Row], prompt_column: str, answer_column: str | None) -> list[Row]:
+    """The rows with the column `answer` that rewards get. Raises `DataError` where a column that is named is not there
+    in every row."""
+    for name in (prompt_column, answer_column):
+        missing = [row for row in rows if name is not None and not _has(row.values, name)]
         if missing:
-            first = missing[0]
             raise DataError(
-                f"{first.where}: no column '{column}' (in {len(missing)} of {len(rows)} rows); found "
-                f"{', '.join(map(str, first.values)) or 'an empty object'}; "
-                "set data.prompt_column or data.answer_column"
+                f"{missing[0].where}: no column '{name}' (in {len(missing)} of {len(rows)} rows); found "
+                f"{_columns(missing[0])}; set data.prompt_column or data.answer_column"
             )
+    if answer_column is None:
+        return list(rows)
+    return [Row({**row.values, "answer": column(row.values, answer_column)}, row.where) for row in rows]
 
 
-def _listed(title: str, lines: list[str]) -> str:
-    more = [f"  ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "\n".join([title, *(f"  {line}" for line in lines[:SHOWN]), *more])
+def _check_rewards(rows: Sequence[Row], rewards: Sequence[Reward]) -> None:
+    """Raises `DataError` where a reward asks for a column that not every row has."""
+    for reward in rewards:
+        for name in (name for name in reward.required if name not in reward.params):
+            if missing := [row for row in rows if name not in row.values]:
+                cure = "set data.answer_column to the one that holds it" if name == "answer" else "rename a column"
+                raise DataError(
+                    f"{missing[0].where}: no column '{name}', which {reward.address} needs (in {len(missing)} of "
+                    f"{len(rows)} rows); found {_columns(missing[0])}; {cure}, or give the value under 'params' of "
+                    "this reward"
+                )
+
+
+def _unpaid(reward: Reward, values: dict[str, Any]) -> str | None:
+    try:
+        return reward.check_row(values)
+    except Exception as error:  # the check of a reward may be anybody's code
+        return f"the check of {reward.address} failed: {type(error).__name__}: {error}"
+
+
+def _has(values: dict[str, Any], name: str) -> bool:
+    try:
+        column(values, name)
+    except KeyError:
+        return False
+    return True
+
+
+def _columns(row: Row) -> str:
+    return ", ".join(map(str, row.values)) or "an empty object"

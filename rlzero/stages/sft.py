@@ -106,7 +106,9 @@ class Prepared:
         lines = [f"rows       {_rows_line(self.train, config.data.train)}"]
         if self.held_out is not None:
             lines.append(f"held out   {_rows_line(self.held_out, config.data.evaluation or config.data.train)}")
-        lines.append(f"longest    {max(len(row.tokens) for row in self.train):,} tokens of {config.longest_row:,}")
+        lines.append(f"longest    {max(self.train.lengths):,} tokens of {config.longest_row:,}")
+        if self.train.answers_learned < 1:
+            lines.append(f"answers    {self.train.answers_learned:.0%} of their words are learned, the template cuts")
         size = f"{config.rows_per_step} rows" if config.rows_per_step else f"{config.tokens_per_step:,} tokens"
         epochs = plan.ends[-1] / len(self.train)
         lines.append(f"steps      {plan.steps:,} of {size}, {epochs:.3g} epochs")
@@ -117,7 +119,7 @@ def prepare(config: SftConfig, progress: Progress = lambda done, total: None) ->
     """Reads and checks all rows. Raises `UsageError` for whatever a user would have to mend."""
     tokenizer = load_sft_tokenizer(config)
     train, held_out = load_examples(config, tokenizer, progress)
-    plan = make_plan([len(row.tokens) for row in train], config)
+    plan = make_plan(train.lengths, config)
     options = config.optimizer
     if options.schedule != "constant" and options.warmup_steps >= plan.steps:
         raise UsageError(

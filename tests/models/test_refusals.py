@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rlzero import cli
-from rlzero.data.prompts import Prompts, Row
+from rlzero.data.prompts import Prompts
+from rlzero.data.sources import Row
 from rollout.tokenizer import read_tokenizer
 from rollout.torch.engine import TorchEngine
 from tests.models.folders import ARCHITECTURES, CHATML, change_json, make, make_folder, make_tokenizer

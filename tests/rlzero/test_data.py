@@ -1,23 +1,25 @@
 """Rows become prompts, prompts a stream that goes on exactly where it stopped; bad input is named with its place."""
 
 import json
+import os
 from collections import Counter
 
+import numpy as np
 import pytest
 
+from rewards.load import load_reward
 from rlzero.config.rl import Config
+from rlzero.data import prepare
+from rlzero.data.prepare import prepared
 from rlzero.data.prompts import (
     R1_ZERO_TEMPLATE,
-    DataError,
     Prompts,
     PromptStream,
-    Row,
     check_tokenizer,
     load_prompts,
-    load_rows,
     load_tokenizer,
-    read_jsonl,
 )
+from rlzero.data.sources import DataError, Row, load_rows, read_file
 from rlzero.examples.countdown import task as countdown
 from rlzero.examples.countdown import text as base_text
 
@@ -165,13 +167,13 @@ def test_exact_duplicates_are_left_out_and_said(tokenizer, caplog):
 
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"nothing\.jsonl: no such data file"):
-        read_jsonl(tmp_path / "nothing.jsonl")
+        read_file(tmp_path / "nothing.jsonl")
 
 
 def test_malformed_lines_are_listed_with_file_and_line(jsonl):
     path = jsonl('{"prompt": "a"}', '{"prompt": ', "", "[1]", b'{"prompt": "\xff"}', '"text"')
     with pytest.raises(DataError) as error:
-        read_jsonl(path)
+        read_file(path)
     text = str(error.value)
     assert "4 bad lines" in text
     assert (
@@ -180,13 +182,8 @@ def test_malformed_lines_are_listed_with_file_and_line(jsonl):
     assert "data.jsonl:5: not UTF-8" in text and "data.jsonl:6: expected a JSON object, found str" in text
 
 
-def test_a_json_array_is_recognised(jsonl):
-    with pytest.raises(DataError, match="JSON array; expected JSON lines"):
-        read_jsonl(jsonl('[{"prompt": "a"}]'))
-
-
 def test_windows_line_ends_and_blank_lines_are_fine(jsonl):
-    rows = read_jsonl(jsonl('{"prompt": "a"}\r', "", '{"prompt": "b\u2028c"}'))
+    rows = read_file(jsonl('{"prompt": "a"}\r', "", '{"prompt": "b\u2028c"}'))
     assert [(row.values["prompt"], row.where.rpartition(":")[2]) for row in rows] == [("a", "1"), ("b\u2028c", "3")]
 
 
@@ -203,7 +200,7 @@ def test_a_missing_column_is_an_error_that_lists_the_columns(tokenizer, columns)
 
 
 def test_a_prompt_that_is_no_text_is_an_error(tokenizer):
-    with pytest.raises(DataError, match="f:7: column 'prompt' must hold a text, found 3"):
+    with pytest.raises(DataError, match="f:7: the prompt must be a text, found 3"):
         Prompts([Row({"prompt": 3}, "f:7")], tokenizer, max_prompt_tokens=100)
 
 
@@ -256,7 +253,7 @@ def test_a_generator_from_a_file_gets_params_and_seed(tmp_path):
         ("def rows(): return []", "the data set is empty"),
         ("def rows(): raise KeyError('x')", "failed: KeyError"),
         ("def rows(): return [1]", r"rows\[0\] is not a dictionary"),
-        ("def row(): pass", "has no function rows"),
+        ("def row(): pass", "has no function 'rows'"),
         ("import nothing_of_that_name", "does not import: ModuleNotFoundError"),
     ],
 )
@@ -281,3 +278,133 @@ def test_held_out_prompts_are_the_same_for_every_seed(tokenizer, tmp_path):
         for seed in (0, 1)
     )
     assert first == second and len(first) == 8
+
+
+# --- rows that others wrote ---
+
+
+def math_rewards(*addresses):
+    return [load_reward(address) for address in addresses or ("rewards.math:math_reward",)]
+
+
+def test_golds_that_can_never_be_paid_are_counted_over_the_whole_file(tokenizer):
+    golds = ["2", None, float("nan"), ["3"], "", "{", 4]
+    rows = [Row({"prompt": f"question {i}", "answer": gold}, f"f:{i}") for i, gold in enumerate(golds)]
+    with pytest.raises(DataError, match=r"5 of 7 rows can never be paid(.|\n)*f:1: (.|\n)*f:2: (.|\n)*f:3: "):
+        Prompts(rows, tokenizer, max_prompt_tokens=100, rewards=math_rewards())
+    kept = Prompts(rows, tokenizer, max_prompt_tokens=100, rewards=math_rewards(), bad_rows="drop")
+    assert [prompt.row["answer"] for prompt in kept] == ["2", 4]
+
+
+def test_a_column_that_a_reward_needs_is_missed_when_the_data_is_loaded(tokenizer):
+    rows = [Row({"prompt": "1+1?", "solution": "2"}, "f:1")]
+    with pytest.raises(DataError, match=r"f:1: no column 'answer', which rewards.math:math_reward needs .in 1 of 1"):
+        Prompts(rows, tokenizer, max_prompt_tokens=100, rewards=math_rewards())
+    (prompt,) = Prompts(rows, tokenizer, max_prompt_tokens=100, rewards=math_rewards(), answer_column="solution")
+    assert prompt.row["answer"] == "2"
+
+
+def test_a_column_may_stand_inside_another(tokenizer):
+    row = Row({"prompt": "1+1?", "reward_model": {"style": "rule", "ground_truth": "2"}}, "f:1")
+    (prompt,) = Prompts([row], tokenizer, max_prompt_tokens=100, answer_column="reward_model.ground_truth")
+    assert prompt.row["answer"] == "2"
+
+
+def test_levels_of_any_type_are_asked_in_the_order_of_their_numbers(tokenizer):
+    levels = ["Level 3", None, 2, "hard", float("nan"), "1.5", ["x"]]
+    rows = [Row({"prompt": f"question {i}", "level": level}, f"f:{i}") for i, level in enumerate(levels)]
+    taken = PromptStream(Prompts(rows, tokenizer, max_prompt_tokens=100), seed=0).take(len(rows))
+    assert [prompt.row["level"] for prompt in taken][-3:] == ["1.5", 2, "Level 3"]
+
+
+def test_system_and_suffix_stand_around_a_question():
+    tokenizer = base_text.tokenizer()
+    assert prompts(tokenizer, 1, template="none", suffix="\nBox it.")[0].text == "Make 0 from 1, 0.\nBox it."
+    tokenizer.chat_template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}"
+    chat = {"template": "chat", "system": "Be brief.", "suffix": " Box it."}
+    assert prompts(tokenizer, 1, **chat)[0].text == "<system>Be brief.<user>Make 0 from 1, 0. Box it."
+    own = [Row({"prompt": [{"role": "system", "content": "Own."}, {"role": "user", "content": "1?"}]}, "x")]
+    assert Prompts(own, tokenizer, max_prompt_tokens=100, **chat)[0].text == "<system>Own.<user>1? Box it."
+
+
+def test_prompts_that_cannot_be_asked_are_named_with_row_cause_and_cure():
+    tokenizer = base_text.tokenizer()
+    refusal = "{{ raise_exception('System role not supported') }}"
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}" + refusal + "{% endif %}{{ messages[0].content }}"
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1"}]
+    asked = [Row({"prompt": "1"}, "f:1"), Row({"prompt": system}, "f:2"), Row({"prompt": "\ud800"}, "f:3")]
+    with pytest.raises(DataError) as error:
+        Prompts(asked, tokenizer, template="chat", max_prompt_tokens=100)
+    assert "2 of 3 prompts cannot be asked" in str(error.value)
+    assert "f:2: the chat template refuses this conversation: System role not supported; write" in str(error.value)
+    assert "f:3: half a character" in str(error.value)
+
+
+def test_a_policys_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"policy.path: .*nothing: no such folder \(looked in "):
+        load_tokenizer(tmp_path / "nothing")
+
+
+# --- work on every row ---
+
+
+def double(rows):
+    numbers = [row.values["n"] for row in rows]
+    return [{"n": np.array([2 * n], np.int32), "text": f"é{n}" * n} for n in numbers]
+
+
+def numbered(count):
+    return [Row({"n": i % 7}, f"f:{i}") for i in range(count)]
+
+
+def test_processes_give_what_one_would_in_the_order_of_the_rows(monkeypatch):
+    rows, seen = numbered(prepare.SMALL + prepare.CHUNK + 3), []
+    several = prepared(lambda: rows, double, None, lambda done, total: seen.append((done, total)))
+    monkeypatch.setattr(prepare, "SMALL", len(rows))
+    one = prepared(lambda: rows, double, None, lambda done, total: None)
+    assert len(several) == len(rows) and [several.value("text", i) for i in (0, 3)] == ["", "é3é3é3"]
+    assert {name: array.tolist() for name, array in several.arrays.items()} == {
+        name: array.tolist() for name, array in one.arrays.items()
+    }
+    assert seen[-1] == (len(rows), len(rows)) and len(seen) == 6
+
+
+def test_a_result_is_found_again_and_a_damaged_one_is_made_again(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(prepare, "SMALL", 10)
+    calls = []
+
+    def rows():
+        calls.append(1)
+        return numbered(20)
+
+    first, again = (prepared(rows, double, "key", lambda done, total: None) for _ in range(2))
+    assert len(calls) == 1 and again.arrays["n"].tolist() == first.arrays["n"].tolist()
+    (tmp_path / "rlzero" / "key.safetensors").write_bytes(b"cut")
+    third = prepared(rows, double, "key", lambda done, total: None)
+    assert len(calls) == 2 and third.arrays["n"].tolist() == first.arrays["n"].tolist() and "made anew" in caplog.text
+
+
+def test_without_a_folder_to_keep_them_results_are_made_all_the_same(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(prepare, "SMALL", 10)
+    assert len(prepared(lambda: numbered(20), double, "key", lambda done, total: None)) == 20
+    assert "are not kept" in caplog.text
+
+
+def test_a_process_that_is_killed_is_an_error(monkeypatch):
+    def dies(rows):
+        os._exit(1)
+
+    with pytest.raises(RuntimeError, match="a process that prepared rows was killed"):
+        prepared(lambda: numbered(prepare.SMALL + 1), dies, None, lambda done, total: None)
+
+
+def test_prompts_are_the_same_when_they_are_found_again(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(prepare, "SMALL", 10)
+    first = list(prompts(tokenizer, 30))
+    assert len(list((tmp_path / "rlzero").glob("*.safetensors"))) == 1
+    monkeypatch.setattr(Prompts, "_prepare", None)
+    assert list(prompts(tokenizer, 30)) == first

@@ -10,7 +10,8 @@ from rlzero.config.rl import Reward
 from rlzero.config.sft import SftConfig
 from rlzero.data import dump
 from rlzero.data.examples import load_examples, load_sft_tokenizer
-from rlzero.data.prompts import R1_ZERO_TEMPLATE, DataError
+from rlzero.data.prompts import R1_ZERO_TEMPLATE
+from rlzero.data.sources import DataError
 from rlzero.examples.countdown import text as base_text
 from rlzero.rl.groups import Group
 from rollout.engine import Prompt, Rollout
@@ -119,7 +120,7 @@ def test_a_template_that_is_not_prefix_stable_is_an_error_that_says_where(read):
 
 
 def test_a_template_that_marks_the_assistants_turns_decides_itself(read):
-    (example,) = read([{"messages": TURNS}], MARKED)
+    (example,) = read([{"messages": TURNS}], MARKED, partial_answers="learn")
     assert read.learned(example) == ["2<|im_end|>", ANSWERS[1]]
 
 
@@ -284,3 +285,101 @@ def test_a_dump_without_a_correct_completion_says_so(read, folder, tmp_path):
     dump.save(tmp_path / "dump.jsonl", [group(tokenizer, COMPLETIONS[1:])], REWARDS)
     with pytest.raises(DataError, match="no completion is left to learn from .1 not finished, 1 not correct"):
         read.source(str(tmp_path / "dump.jsonl"))
+
+
+# --- rows that others wrote ------------------------------------------------------------------------------------------
+
+CUTTING = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+ASKED, SAID = {"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}
+
+
+@pytest.mark.parametrize("template", [CUTTING, MARKED.replace("loop.last", "false")], ids=["plain", "marked"])
+def test_a_template_that_cuts_thoughts_is_refused_unless_asked_for(read, template):
+    thought = {"role": "assistant", "content": "<think>one and one are\ntwo</think>2"}
+    with pytest.raises(DataError, match=r"1 of 2 rows(.|\n)*rows.jsonl:1: \d+% of its answers is learned"):
+        read([{"messages": [ASKED, thought]}, {"messages": [ASKED, SAID]}], template)
+    examples = read([{"messages": [ASKED, thought]}], template, partial_answers="learn")
+    assert read.learned(examples[0]) == ["2<|im_end|>"] and 0 < examples.answers_learned < 0.25
+
+
+def test_thoughts_that_stand_apart_and_are_not_written_are_missed_too(read):
+    apart = {**SAID, "reasoning_content": "one and one are two"}
+    with pytest.raises(DataError, match=r"rows.jsonl:1: 17% of its answers is learned"):
+        read([{"messages": [ASKED, apart]}])
+
+
+def test_a_template_may_change_the_space_around_an_answer(read):
+    spaced = CHATML.replace("{{ m.content }}", "{{ m.content.replace('</think>', '\n</think>\n\n') | trim }}")
+    (example,) = read([{"messages": [ASKED, {"role": "assistant", "content": "<think>a</think>2 \n"}]}], spaced)
+    assert read.learned(example) == ["<think>a\n</think>\n\n2<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASKED, SAID]},
+        {"messages": [{**ASKED, "tool_calls": None, "name": None}, {**SAID, "tool_calls": [], "name": None}]},
+        {"messages": json.dumps([ASKED, SAID])},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is 1+1?"}]}, SAID]},
+        {"conversations": [{"from": "human", "value": "What is 1+1?"}, {"from": "gpt", "value": "2"}]},
+        {"conversations": [ASKED, SAID], "messages": None},
+        {"prompt": "What is 1+1?", "response": "2"},
+        {"prompt": [ASKED], "completion": [SAID]},
+        {"instruction": "What is 1+1?", "input": "", "output": "2"},
+        {"instruction": "What is 1+1?", "input": None, "output": "2", "text": "all of it"},
+        {"query": "What is 1+1?", "response": "2"},
+    ],
+    ids=lambda row: "+".join(row),
+)  # fmt: skip
+def test_rows_as_others_write_them_become_the_same_conversation(read, row):
+    (expected,) = read([{"messages": [ASKED, SAID]}])
+    (example,) = read([row])
+    assert example.tokens.tolist() == expected.tokens.tolist() and example.learned.tolist() == expected.learned.tolist()
+
+
+def test_system_texts_inputs_and_histories_stand_before_the_question(read):
+    sharegpt, alpaca = read(
+        [
+            {"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}], "system": "Be brief."},
+            {"instruction": "Add.", "input": "1 and 1", "output": "2", "history": [["0", "1"]], "system": "Be brief."},
+        ]
+    )
+    decode = read.tokenizer.decode
+    assert decode(sharegpt.tokens).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1<|im_end|>")
+    assert "user\n0<|im_end|>\n<|im_start|>assistant\n1<|im_end|>" in decode(alpaca.tokens)
+    assert "user\nAdd.\n\n1 and 1<|im_end|>" in decode(alpaca.tokens)
+
+
+def test_system_and_suffix_of_the_config_stand_around_a_question(read):
+    (example,) = read([{"prompt": "1+1?", "completion": "2"}], system="Be brief.", suffix=" Box it.")
+    assert read.tokenizer.decode(example.tokens).startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1? Box it.<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "user", "content": "a \ud800 b"}, SAID]}, r"half a character"),
+        ({"prompt": "a", "completion": "\udfff"}, r"half a character"),
+        ({"text": "\ud800"}, r"half a character"),
+        ({"conversations": [{"from": "alien", "value": "1"}]}, r"a message is from 'alien'"),
+        ({"messages": [{"content": "1"}]}, r"a message has no `role`"),
+        ({"messages": "no list"}, r"expected a list of messages"),
+        ({"question": "1", "answer": "2"}, r"none of the columns 'messages'(.*)found question, answer; set"),
+        ({"messages": [{"role": "system", "content": "x"}, ASKED, SAID]}, r"System role not supported; write the row"),
+    ],
+)
+def test_a_row_that_cannot_be_learned_is_named_with_its_cause(read, row, message):
+    refusal = "{{ raise_exception('System role not supported') }}"
+    gemma = "{% if messages[0].role == 'system' %}" + refusal + "{% endif %}" + CHATML
+    with pytest.raises(DataError, match=r"1 of 2 rows cannot be learned from\n.*rows.jsonl:2: .*" + message):
+        read([{"messages": [ASKED, SAID]}, row], gemma)
+
+
+def test_an_empty_answer_is_an_error_in_a_chat_too(read):
+    rows = [{"messages": [ASKED, {"role": "assistant", "content": text}]} for text in ("2", " \n", None)]
+    with pytest.raises(DataError, match=r"2 of 3 rows have no token to learn(.|\n)*rows.jsonl:2\n.*rows.jsonl:3"):
+        read(rows)
+    with pytest.raises(DataError, match=r"1 of 1 rows have no token to learn"):
+        read([{"prompt": "1", "completion": None}])

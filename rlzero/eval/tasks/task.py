@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlzero.config.read import UsageError
-from rlzero.data.prompts import load_rows
+from rlzero.data.sources import load_rows
 
 BOXED = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
