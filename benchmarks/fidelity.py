@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ import torch
 
 from benchmarks.worker_process import Engine
 from rollout.engine import Request, Rollout, Sampling
-from rollout.transport.ipc import IpcTransport
+from rollout.transport.ipc import IpcSender
 from trainer.checkpoint import hf
 from trainer.losses import CORRECTION_BOUNDS, combine_metrics, correction_weight, gap_metrics
 from trainer.model.moe import agreement
@@ -242,10 +243,14 @@ def measure(name: str, engine: Engine, policy: Any, work: Work) -> None:
 
 def update(engine: Engine, policy: Any, version: int, mtp: bool = False) -> None:
     """Twice: the second goes the direct way, where there is one."""
-    transport = IpcTransport(256 << 20)
+    sender = IpcSender(torch.device(policy.device))
     for number in (version, version + 1):
-        engine("update", transport.publish(policy.weights(mtp=mtp), number), number)
-    transport.close()
+        update = sender.prepare(policy.layout(mtp), number)
+        with ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(sender.send, policy.weights(mtp))
+            engine("update", update)
+        sent.result()
+    sender.close()
 
 
 @torch.no_grad()

@@ -4,15 +4,14 @@
 
 Two processes: this one holds a DeepSeek-V3-architecture model of 728 M parameters (1.46 GB in BF16) as a trainer would,
 the other one a vLLM engine with the same architecture. With one GPU both share it and weights go through CUDA IPC; with
-two each has its own and they go through NCCL, printed beside the plain broadcast of as many bytes, with and without
-fingerprints. Before every sync each weight is perturbed anew; after it the engine's log-probabilities on a probe are
-compared with those of this project's float32 torch decoder, for all weights together and for each kind of weight
-alone, beside the distance from the weights before. `--fp8` sends block-FP8 to an engine that was started without
-weights; the decoder then computes with the dequantized ones. `--tiny` is a small model, for a try on a CPU.
+two each has its own and they go through NCCL, printed beside the plain broadcast of as many bytes. Before every sync
+each weight is perturbed anew; after it the engine's log-probabilities on a probe are compared with those of this
+project's float32 torch decoder, for all weights together and for each kind of weight alone, beside the distance from
+the weights before. `--fp8` sends block-FP8 to an engine that was started without weights; the decoder then computes
+with the dequantized ones. `--tiny` is a small model, for a try on a CPU.
 
-A sync "all told" runs from the call of `publish` until the engine has answered that it holds the weights: packing,
-fingerprints on both sides, transfer, installation, and every tensor read back from the engine's memory. "Streamed" is
-the same through `offer` and `send`, which read the weights once.
+A sync "all told" runs from the call of `prepare` until the engine has answered that it holds the weights: packing,
+checksums on both sides, transfer, installation, and every tensor read back from the engine's memory.
 """
 
 from __future__ import annotations
@@ -112,11 +111,10 @@ class TrainerSide:
                 tensor.normal_(0.0, self.config.initializer_range, generator=self.generator)
         self.parameters = sum(tensor.numel() for tensor in self.named.values())
         from rollout.transport.base import layout_of
-        from rollout.transport.buckets import nbytes
         from rollout.transport.payload import travelling
 
         self.layout = layout_of(self.named.items())
-        self.nbytes = sum(map(nbytes, travelling(self.layout, "fp8" if fp8 else None)))
+        self.nbytes = sum(spec.nbytes for spec in travelling(self.layout, "fp8" if fp8 else None))
         save_folder(self.model, folder)
         from rollout.probe import probe_sequences
         from rollout.torch.decode_v3 import V3Decoder
@@ -164,46 +162,24 @@ def decoder_logprobs(decoder: Any, weights: Iterable[tuple[str, torch.Tensor]], 
     return out
 
 
-def sync(trainer: TrainerSide, engine: Engine, transport: Any, version: int) -> dict[str, Any]:
-    """One sync, its seconds all told and in parts."""
+def sync(
+    trainer: TrainerSide, engine: Engine, sender: Any, version: int, call: str = "sync", deadline_s: float = 60
+) -> dict[str, Any]:
+    """One sync, its seconds all told and in parts; the engine does `call` with the update."""
     synchronize()
     began_s = time.perf_counter()
-    handle = transport.publish(trainer.named.items(), version)
-    published_s = time.perf_counter()
-    answer = engine("sync", handle, version)
-    ended_s = time.perf_counter()
-    engine_s = engine.took_s
-    return answer | {
-        "all_s": ended_s - began_s,
-        "publish_s": published_s - began_s,
-        "engine_s": engine_s,
-        "handle_s": ended_s - published_s - engine_s,
-        "handle": handle,
-    }
+    update = sender.prepare(trainer.layout, version)
+    engine.ask(call, update)
+    prepared_s = time.perf_counter()
+    sender.send(trainer.named.items())
+    sent_s = time.perf_counter()
+    answer = engine.answer(call, deadline_s)
+    found = {"all_s": time.perf_counter() - began_s, "prepare_s": prepared_s - began_s, "send_s": sent_s - prepared_s}
+    return found | {"engine_s": engine.took_s} | (answer if isinstance(answer, dict) else {})
 
 
-def streamed_sync(trainer: TrainerSide, engine: Engine, transport: Any, version: int) -> float:
-    """Seconds all told of one sync that reads the weights once."""
-    synchronize()
-    began_s = time.perf_counter()
-    handle = transport.offer(trainer.layout, version, device=torch.device(trainer.device))
-    engine.ask("sync", handle, version)
-    transport.send(trainer.named.items())
-    engine.answer("sync", 60)
-    return time.perf_counter() - began_s
-
-
-def measure_streamed(trainer: TrainerSide, engine: Engine, transport: Any) -> None:
-    times_s = []
-    for version in range(50, 50 + REPEATS + 1):
-        trainer.perturb("norm")
-        times_s.append(streamed_sync(trainer, engine, transport, version))
-    say(f"streamed sync, all told, least of {REPEATS}", min(times_s[1:]), "s")
-    say(f"streamed sync, all told, median of {REPEATS}", statistics.median(times_s[1:]), "s")
-
-
-def measure_syncs(trainer: TrainerSide, engine: Engine, transport: Any) -> Any:
-    """Three perturbed syncs with the probe after each, then several for the clock. Returns the last handle."""
+def measure_syncs(trainer: TrainerSide, engine: Engine, sender: Any) -> None:
+    """Three perturbed syncs with the probe after each, then several for the clock."""
     from rollout.probe import logprob_diff
 
     stale = trainer.logprobs()
@@ -218,10 +194,10 @@ def measure_syncs(trainer: TrainerSide, engine: Engine, transport: Any) -> Any:
     for version in (1, 2, 3):
         trainer.perturb()
         fresh = trainer.logprobs()
-        found = sync(trainer, engine, transport, version)
+        found = sync(trainer, engine, sender, version)
         scores = engine("score", trainer.probe)
         say(f"sync {version}, all told", found["all_s"], "s")
-        say(f"sync {version}, way", found["way"])
+        say(f"sync {version}, mode", found["mode"])
         say(f"sync {version}, read back and equal", f"{found['verified']} of {found['tensors']} tensors")
         say(f"sync {version}, gap to the new weights", logprob_diff(scores, fresh)["mean_abs"], "nats")
         say(f"sync {version}, gap to the old weights", logprob_diff(scores, stale)["mean_abs"], "nats")
@@ -229,56 +205,55 @@ def measure_syncs(trainer: TrainerSide, engine: Engine, transport: Any) -> Any:
     runs = []
     for version in range(4, 4 + REPEATS):
         trainer.perturb("norm")
-        runs.append(sync(trainer, engine, transport, version))
-    for key in ("all_s", "publish_s", "handle_s", "engine_s"):
+        runs.append(sync(trainer, engine, sender, version))
+    for key in ("all_s", "prepare_s", "send_s", "engine_s"):
         say(f"sync, {key}, least of {REPEATS}", min(run[key] for run in runs), "s")
     say(f"sync, all told, median of {REPEATS}", statistics.median(run["all_s"] for run in runs), "s")
     say("sync, target met (all told at most 0.1 s)", min(run["all_s"] for run in runs) <= 0.1)
-    return runs[-1]["handle"]
 
 
-def measure_families(trainer: TrainerSide, engine: Engine, transport: Any) -> None:
+def measure_families(trainer: TrainerSide, engine: Engine, sender: Any) -> None:
     from rollout.probe import logprob_diff
 
     for version, (family, pattern) in enumerate(FAMILIES.items(), start=100):
         stale = trainer.logprobs()
         trainer.perturb(pattern)
         fresh = trainer.logprobs()
-        sync(trainer, engine, transport, version)
+        sync(trainer, engine, sender, version)
         scores = engine("score", trainer.probe)
         new, old = logprob_diff(scores, fresh)["mean_abs"], logprob_diff(scores, stale)["mean_abs"]
         say(f"only {family} perturbed: gap to new / to old", f"{new:.4g} / {old:.4g}", "nats")
 
 
-def measure_parts(trainer: TrainerSide, engine: Engine, transport: Any, handle: Any) -> None:
+def measure_parts(trainer: TrainerSide, engine: Engine, sender: Any) -> None:
     with part("receive only"):
-        for checks in (False, True):
-            engine("checks", checks)
-            how = "with fingerprints compared" if checks else "without fingerprints"
-            say(f"engine: receive {how}, not installed", engine.timed("receive_only", handle), "s")
+        times_s = [sync(trainer, engine, sender, 200 + i, "receive_only")["engine_s"] for i in range(REPEATS + 1)]
+        say("engine: receive with checksums compared, not installed", min(times_s), "s")
     with part("installation"):
-        engine("hold", handle)
+        sync(trainer, engine, sender, 300)
+        sync(trainer, engine, sender, 301, "hold")
         say("engine: our copies", engine.timed("copies"), "s")
-        say("engine: every tensor read back", engine.timed("read_back", handle.manifest), "s")
-        say("engine: fingerprints of all tensors", engine.timed("fingerprints"), "s")
+        say("engine: every tensor read back", engine.timed("read_back"), "s")
+        say("engine: checksums of all tensors", engine.timed("checksums"), "s")
+        say("tensors that differ", engine("read_back"))
+        wrong = list(engine("sent"))[len(trainer.layout) // 2]
+        engine("mistake", wrong)
+        say("a mismatch names the tensor", engine("read_back") == [wrong])
     with part("trainer"):
-        from rollout.transport.fingerprint import fingerprints
+        from rollout.transport.checksum import checksums
 
         tensors = list(trainer.named.values())
         times_s = []
         for _ in range(REPEATS):
             synchronize()
             began_s = time.perf_counter()
-            fingerprints(tensors)
+            checksums(tensors)
             times_s.append(time.perf_counter() - began_s)
-        say("trainer: fingerprints of all tensors", min(times_s), "s")
-    with part("a damaged tensor"):
-        wrong = handle.manifest.entries[len(handle.manifest.entries) // 2]
-        from dataclasses import replace
+        say("trainer: checksums of all tensors", min(times_s), "s")
 
-        entries = [e._replace(fingerprint=e.fingerprint ^ 1) if e is wrong else e for e in handle.manifest.entries]
-        _, named = engine("read_back", replace(handle.manifest, entries=tuple(entries)))
-        say("a mismatch names the tensor", named == [wrong.name])
+
+def measure_vllm(trainer: TrainerSide, engine: Engine) -> None:
+    """vLLM's own ways with the weights that the engine holds beside its own."""
     if trainer.fp8:  # its loaders go with the layers' own form of FP8 weights, which has been replaced by then
         say("vLLM: model.load_weights", "not for FP8")
     else:
@@ -288,7 +263,7 @@ def measure_parts(trainer: TrainerSide, engine: Engine, transport: Any, handle: 
         say("vLLM: reload_weights, weights on its GPU", engine.timed("vllm_reload"), "s")
 
 
-def measure_sleep(trainer: TrainerSide, engine: Engine, transport: Any, cycles: int) -> None:
+def measure_sleep(trainer: TrainerSide, engine: Engine, sender: Any, cycles: int) -> None:
     from rollout.probe import logprob_diff
 
     version = 1000
@@ -304,7 +279,7 @@ def measure_sleep(trainer: TrainerSide, engine: Engine, transport: Any, cycles: 
             engine("wake")
             wake_s.append(engine.took_s)
             if level == 2:
-                sync(trainer, engine, transport, version)
+                sync(trainer, engine, sender, version)
             free.append(torch.cuda.mem_get_info()[0] / 1e9)
             if time.perf_counter() - began_s > limit_s:
                 break
@@ -317,62 +292,46 @@ def measure_sleep(trainer: TrainerSide, engine: Engine, transport: Any, cycles: 
         say(f"sleep level {level}, gap after", logprob_diff(scores, trainer.logprobs())["mean_abs"], "nats")
 
 
-def measure_quantizer(trainer: TrainerSide, engine: Engine, handle: Any) -> None:
+def measure_quantizer(trainer: TrainerSide, engine: Engine) -> None:
     """What the engine was sent, beside torch's plain operations."""
-    from rollout.transport.base import fingerprints
+    from rollout.transport.checksum import checksums
     from trainer.precision.quantize import quantize_blocks
 
-    entries = {entry.name: entry.fingerprint for entry in handle.manifest.entries}
+    sent = engine("sent")
     wrong, count = [], 0
     for name, tensor in trainer.named.items():
-        if name + "_scale_inv" in entries:
+        if name + "_scale_inv" in sent:
             q = quantize_blocks(tensor)
             count += 1
-            if fingerprints([q.values, q.scales]) != [entries[name], entries[name + "_scale_inv"]]:
+            if checksums([q.values, q.scales]) != [sent[name], sent[name + "_scale_inv"]]:
                 wrong.append(name)
     say("quantized weights that are not what torch's operations make", f"{len(wrong)} of {count}, {wrong[:3]}")
 
 
-def measure_receiving(trainer: TrainerSide, engine: Engine, transport: Any, wait: bool) -> float:
-    """Seconds in the engine of the least of several receptions with nothing installed."""
-    times_s = []
-    for version in range(200, 200 + REPEATS + 1):
-        handle = transport.publish(trainer.named.items(), version)
-        engine("receive_only", handle)
-        if wait:
-            transport.wait()
-        times_s.append(engine.took_s)
-    return min(times_s)
-
-
-def measure_transfer(trainer: TrainerSide, engine: Engine, transport: Any) -> None:
-    """The broadcast of the buckets, nothing installed, beside a plain one."""
-    found = {}
-    for checks in (False, True):
-        transport.checks = checks
-        engine("checks", checks)
-        found[checks] = measure_receiving(trainer, engine, transport, wait=True)
+def measure_broadcast(trainer: TrainerSide, engine: Engine, sender: Any) -> None:
+    """Beside the reception that was measured: as many bytes in one piece."""
     times_s = []
     for _ in range(2 * REPEATS):
         synchronize()
         began_s = time.perf_counter()
         engine.ask("plain_broadcast", trainer.nbytes)
-        transport.plain_broadcast(trainer.nbytes, torch.device(trainer.device))
+        sender._group.broadcast(torch.empty(trainer.nbytes, dtype=torch.uint8, device=trainer.device)).wait()
+        synchronize()
         times_s.append(time.perf_counter() - began_s)
         engine.answer("plain_broadcast", 60)
-    plain_s = min(times_s)
-    say("NCCL: plain broadcast of as many bytes", plain_s, "s")
-    say("engine: receive without fingerprints, not installed", found[False], "s")
-    say("engine: receive with fingerprints compared, not installed", found[True], "s")
-    ratios = f"{found[False] / plain_s:.3g} and {found[True] / plain_s:.3g}"
-    say("receive / plain broadcast, without and with fingerprints", ratios)
-    for checks, how in ((False, "transfer"), (True, "transfer, every fingerprint compared")):
-        say(f"{how}: target met (at most 1.5 x the plain broadcast)", found[checks] <= 1.5 * plain_s)
-    handle = transport.publish(trainer.named.items(), 300)
-    engine("hold", handle)
-    transport.wait()
-    say("engine: our copies (installation alone)", engine.timed("copies"), "s")
-    say("engine: every tensor read back", engine.timed("read_back"), "s")
+    plain_s, received_s = min(times_s), FIGURES["engine: receive with checksums compared, not installed"]
+    say("plain broadcast of as many bytes", plain_s, "s")
+    say("receive with every checksum compared / plain broadcast", received_s / plain_s)
+
+
+def sender_of(arguments: argparse.Namespace, trainer: TrainerSide, payload: Any) -> Any:
+    from rollout.transport.ipc import IpcSender
+    from rollout.transport.nccl import NcclSender
+
+    device, nbytes = torch.device(trainer.device), arguments.bucket_mb << 20
+    if arguments.gpus == 2:
+        return NcclSender(device, payload=payload, bucket_bytes=nbytes)
+    return IpcSender(device, payload=payload, bucket_bytes=nbytes, buffers=arguments.buffers)
 
 
 def main() -> None:
@@ -422,41 +381,29 @@ def main() -> None:
         if trainer is None or engine is None:
             return
         try:
-            if arguments.gpus == 2:
-                from rollout.transport.nccl import NcclTransport
-
-                transport: Any = NcclTransport(1, arguments.bucket_mb << 20, payload)
-            else:
-                from rollout.transport.ipc import IpcTransport
-
-                transport = IpcTransport(arguments.bucket_mb << 20, arguments.buffers, payload)
-            handle = None
+            sender = sender_of(arguments, trainer, payload)
             with part("engine"):
                 say("engine", engine("info"))
             with part("syncs"):
-                handle = measure_syncs(trainer, engine, transport)
-            if handle is None:
-                return
-            if arguments.fp8 and arguments.gpus == 1:
-                with part("quantizer"):
-                    measure_quantizer(trainer, engine, handle)
-            with part("streamed syncs"):
-                measure_streamed(trainer, engine, transport)
-            if arguments.gpus == 2:
-                with part("transfer"):
-                    measure_transfer(trainer, engine, transport)
+                measure_syncs(trainer, engine, sender)
             with part("kinds of weights"):
-                measure_families(trainer, engine, transport)
+                measure_families(trainer, engine, sender)
             with part("generation after all that"):
                 say("tokens written", engine("write", 8, 32, trainer.probe[0]))
-            if arguments.gpus == 1:
-                with part("parts"):
-                    handle = transport.publish(trainer.named.items(), 500)
-                    measure_parts(trainer, engine, transport, handle)
+            with part("parts"):
+                measure_parts(trainer, engine, sender)
+            if arguments.gpus == 2:
+                with part("broadcast"):
+                    measure_broadcast(trainer, engine, sender)
+            if arguments.fp8:
+                with part("quantizer"):
+                    measure_quantizer(trainer, engine)
+            with part("vLLM's own ways"):
+                measure_vllm(trainer, engine)
             if on_gpu and arguments.gpus == 1 and level:
                 with part("sleep and wake"):
-                    sync(trainer, engine, transport, 600)
-                    measure_sleep(trainer, engine, transport, arguments.cycles)
+                    sync(trainer, engine, sender, 600)
+                    measure_sleep(trainer, engine, sender, arguments.cycles)
         finally:
             engine.close()
             if arguments.json:

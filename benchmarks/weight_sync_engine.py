@@ -23,7 +23,7 @@ def engine_main(pipe, folder: str, options: dict[str, Any], environment: dict[st
         import rollout.vllm.engine as vllm_engine
 
         engine = vllm_engine.VLLMEngine(folder, **options)
-        state = {"engine": engine, "transport": None, "held": None}
+        state: dict[str, Any] = {"engine": engine}
         pipe.send(("ok", None, 0.0))
     except BaseException:
         pipe.send(("error", traceback.format_exc(), 0.0))
@@ -50,58 +50,49 @@ def inside(state: dict, function: Callable) -> Any:
     return answer
 
 
-def call_sync(state: dict, handle: Any, version: int) -> dict[str, Any]:
-    incoming = receiver(state, handle).receive(handle)
-    try:
-        state["engine"].update(incoming, version)
-    finally:
-        incoming.close()
+def call_sync(state: dict, update: Any) -> dict[str, Any]:
+    state["engine"].update(update, update.version)
     synchronize()
     installed = state["engine"].installed
-    return {"way": installed.way, "tensors": installed.tensors, "verified": installed.verified}
+    return {"mode": installed.mode, "tensors": installed.tensors, "verified": installed.verified}
 
 
-def receiver(state: dict, handle: Any) -> Any:
-    if state["transport"] is None:
-        from rollout.transport.ipc import IpcTransport, Published
-
-        if isinstance(handle, Published):
-            state["transport"] = IpcTransport()
-        else:
-            from rollout.transport.nccl import NcclTransport
-
-            state["transport"] = NcclTransport(handle.engines)
-    return state["transport"]
-
-
-def call_checks(state: dict, on: bool) -> None:
-    """Whether what arrives is compared with its fingerprints."""
-    state["transport"].checks = on
+def receivers(state: dict) -> dict[type, Any]:
+    return inside(state, lambda worker: worker.rlzero_installer.receivers)
 
 
 def call_timeout(state: dict, seconds: float) -> None:
     """How long the engine waits for the trainer from now on."""
-    state["transport"].timeout_s = seconds
-    for group in getattr(state["transport"], "_groups", {}).values():
-        group.timeout_s = seconds
+    for receiver in receivers(state).values():
+        receiver.timeout_s = seconds
+        for group in getattr(receiver, "_groups", {}).values():
+            group.timeout_s = seconds
 
 
-def call_receive_only(state: dict, handle: Any) -> int:
+def call_receive_only(state: dict, update: Any) -> int:
     """Transfer and its verification without installing."""
-    count = sum(1 for _ in receiver(state, handle).receive(handle))
+    from rollout.transport.transports import receive
+
+    count = sum(1 for _ in receive(update, receivers(state)))
     synchronize()
     return count
 
 
 def call_plain_broadcast(state: dict, nbytes: int) -> None:
-    state["transport"].plain_broadcast(nbytes, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    """Takes part in the broadcast of so many bytes in one piece."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    (receiver,) = receivers(state).values()
+    receiver._groups[0].broadcast(torch.empty(nbytes, dtype=torch.uint8, device=device)).wait()
+    synchronize()
 
 
-def call_hold(state: dict, handle: Any) -> int:
-    """Keeps a copy of the published weights for the calls below."""
-    arrived = receiver(state, handle).receive(handle)
-    state["held"] = [(name, tensor.clone()) for name, tensor in arrived]
-    state["manifest"] = arrived.manifest
+def call_hold(state: dict, update: Any) -> int:
+    """Keeps a copy of the weights that are sent for the calls below."""
+    from rollout.transport.transports import receive
+
+    arriving = receive(update, receivers(state))
+    state["held"] = [(name, tensor.clone()) for name, tensor in arriving]
+    state["sent"] = {spec.name: spec for spec in arriving.sent}
     synchronize()
     return len(state["held"])
 
@@ -121,10 +112,11 @@ def call_vllm_load(state: dict) -> None:
 
 def call_copies(state: dict) -> str:
     """Our installation alone."""
-    from rollout.vllm.install import copy_weights, refresh_derived
+    from rollout.vllm.copies import copy_weights
+    from rollout.vllm.install import refresh_derived
 
     def copies(worker):
-        copy_weights(worker.rlzero_installer.plan, state["held"])
+        copy_weights(worker.rlzero_installer.shards.plan, state["held"])
         return refresh_derived(worker.model_runner.get_model(), worker.model_runner.model_config.dtype)
 
     refreshed = inside(state, copies)
@@ -132,16 +124,32 @@ def call_copies(state: dict) -> str:
     return f"{refreshed} layers derived anew"
 
 
-def call_read_back(state: dict, manifest: Any = None) -> tuple[int, list[str]]:
-    """Against a manifest, or that of what is held."""
-    manifest = manifest or state["manifest"]
-    return inside(state, lambda worker: worker.rlzero_installer.differing(manifest))
+def call_read_back(state: dict) -> list[str]:
+    """Names of tensors that the engine does not hold as they were sent."""
+
+    def read(worker):
+        shards = worker.rlzero_installer.shards
+        shards.begin()
+        shards.arrived(state["held"])
+        return shards.compared(list(state["sent"].values()))[1]
+
+    return inside(state, read)
 
 
-def call_fingerprints(state: dict) -> int:
-    from rollout.transport.fingerprint import fingerprints
+def call_mistake(state: dict, name: str) -> None:
+    """From now on another checksum of this tensor is believed to have been sent."""
+    spec = state["sent"][name]
+    state["sent"][name] = spec._replace(checksum=spec.checksum ^ 1)
 
-    return len(fingerprints([tensor for _, tensor in state["held"]]))
+
+def call_checksums(state: dict) -> int:
+    from rollout.transport.checksum import checksums
+
+    return len(checksums([tensor for _, tensor in state["held"]]))
+
+
+def call_sent(state: dict) -> dict[str, int]:
+    return {name: spec.checksum for name, spec in state["sent"].items()}
 
 
 def call_score(state: dict, sequences: list[list[int]]) -> list:
@@ -170,8 +178,8 @@ def call_wake(state: dict) -> float:
 def call_info(state: dict) -> dict[str, Any]:
     import vllm
 
-    installer = inside(state, lambda worker: getattr(worker, "rlzero_installer", None))
-    return {"vllm": vllm.__version__, "torch": torch.__version__, "direct": installer and installer.direct}
+    installer = inside(state, lambda worker: worker.rlzero_installer)
+    return {"vllm": vllm.__version__, "torch": torch.__version__, "direct": installer.direct}
 
 
 ENGINE_CALLS = {name.removeprefix("call_"): function for name, function in globals().items() if name[:5] == "call_"}

@@ -6,7 +6,7 @@ The model of benchmarks/weight_sync.py, sharded over two ranks (dp 2, ep 2). On 
 beside it, and serves it from its own gather through CUDA IPC. On four the engines have GPUs of their own, and each
 rank broadcasts the experts that it holds to both (NCCL cannot put two members of a group on one GPU). Weights are
 perturbed before every sync; after it each engine's log-probabilities are compared with those of the float32 decoder on
-the gathered weights, and every tensor is read back. "All told" runs from `offer` until both engines have answered.
+the gathered weights, and every tensor is read back. "All told" runs from `prepare` until both engines have answered.
 `--kill` ends with an engine that dies in the middle of a sync. `--tiny` is a small model, for a try on a CPU.
 """
 
@@ -79,7 +79,7 @@ class Rank:
         self.decoder = None
         if rank == 0:
             self.decoder = V3Decoder(self.policy.module.config, dtype=torch.float32, device=str(self.device))
-        self.transport = self._transport()
+        self.sender = self._sender()
         self.version = 0
         self.engine.ready()
 
@@ -95,12 +95,14 @@ class Rank:
         context = 500 if self.options.tiny else 2048
         return Engine(folder, {"dtype": "bfloat16", "max_context": context, "engine_args": arguments}, environment)
 
-    def _transport(self) -> Any:
-        from rollout.transport.ipc import IpcTransport
-        from rollout.transport.nccl import NcclTransport
+    def _sender(self) -> Any:
+        from rollout.transport.ipc import IpcSender
+        from rollout.transport.nccl import NcclSender
 
         payload: Any = "fp8" if self.options.fp8 else None
-        return NcclTransport(2, payload=payload) if self.options.gpus == 4 else IpcTransport(payload=payload)
+        if self.options.gpus == 4:
+            return NcclSender(self.device, 2, payload, self.ranks.rank)
+        return IpcSender(self.device, payload=payload)
 
     @torch.no_grad()
     def perturb(self) -> None:
@@ -122,22 +124,17 @@ class Rank:
         self.ranks.barrier()
         began_s = time.perf_counter()
         nccl = self.options.gpus == 4
-        layout = self.policy.layout()
+        update = self.sender.prepare(self.policy.layout(), self.version, self.policy.owners())
         if nccl:
-            offered = self.transport.offer(layout, self.version, self.policy.owners(), self.ranks.rank, self.device)
-            handles: list[Any] = [None, None]
-            dist.all_gather_object(handles, offered)
-            handle = merged(handles)
-        else:
-            handle = self.transport.offer(layout, self.version, self.device)
-        self.engine.ask("sync", handle, self.version)
-        offered_s = time.perf_counter()
+            update = merged(self.everyones(update))
+        self.engine.ask("sync", update)
+        prepared_s = time.perf_counter()
         weights = self.policy.owned_weights() if nccl else self.policy.weights()
-        self.transport.send(weights if kill_after is None else self._killing(weights, kill_after))
+        self.sender.send(weights if kill_after is None else self._killing(weights, kill_after))
         sent_s = time.perf_counter()
         answer = self.engine.answer("sync", 60)
         ended_s = time.perf_counter()
-        found = {"all_s": ended_s - began_s, "offer_s": offered_s - began_s, "send_s": sent_s - offered_s}
+        found = {"all_s": ended_s - began_s, "prepare_s": prepared_s - began_s, "send_s": sent_s - prepared_s}
         return answer | found | {"engine_s": self.engine.took_s}
 
     def _killing(self, weights: Iterable[Any], after: int) -> Iterator[Any]:
@@ -171,14 +168,14 @@ def measure(me: Rank) -> None:
         me.perturb()
         every = me.everyones(me.sync())
         show(f"sync {me.version}, all told", max(one["all_s"] for one in every), "s")
-        show(f"sync {me.version}, way", [one["way"] for one in every])
+        show(f"sync {me.version}, mode", [one["mode"] for one in every])
         show(f"sync {me.version}, read back and equal", [f"{one['verified']} of {one['tensors']}" for one in every])
         show(f"sync {me.version}, gaps to the new weights", [round(g, 5) for g in me.gap()], "nats")
     runs = []
     for _ in range(REPEATS):
         me.perturb()
         runs.append(me.everyones(me.sync()))
-    for key in ("all_s", "offer_s", "send_s", "engine_s"):
+    for key in ("all_s", "prepare_s", "send_s", "engine_s"):
         worst = [max(one[key] for one in every) for every in runs]
         show(f"sync, {key}, least and median of {REPEATS}", f"{min(worst):.4g} {statistics.median(worst):.4g}", "s")
     gathers = {"whole weights on every rank": me.policy.weights, "owned weights": me.policy.owned_weights}
@@ -198,8 +195,8 @@ def measure(me: Rank) -> None:
 def measure_death(me: Rank) -> None:
     """The second rank's engine is killed while the weights travel."""
     show = say if me.ranks.rank == 0 else (lambda *_: None)
-    me.transport.timeout_s = KILL_S
-    for group in getattr(me.transport, "_groups", {}).values():
+    me.sender.timeout_s = KILL_S
+    if (group := getattr(me.sender, "_group", None)) is not None:
         group.timeout_s = KILL_S
     me.engine("timeout", KILL_S)
     me.perturb()

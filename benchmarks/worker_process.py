@@ -48,7 +48,7 @@ def worker_main(pipe: Any, kind: str, folder: str, options: dict[str, Any], envi
                 answer = call("_call", lambda e, work=arguments[0]: e._vllm.engine_core.collective_rpc(work)[0])
             elif name == "installed":
                 installed = call("_call", lambda engine: getattr(engine, "installed", None))
-                answer = installed and (installed.way, installed.tensors, installed.verified)
+                answer = installed and (installed.mode, installed.tensors, installed.verified)
             else:
                 answer = call(name, *arguments)
             took_s = time.perf_counter() - began_s

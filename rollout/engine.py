@@ -103,7 +103,7 @@ class Engine(Protocol):
         ...
 
     def update(self, weights: Any, version: int) -> None:
-        """Installs new weights (an iterator of (checkpoint name, tensor), see rollout.transport). Running requests
+        """Installs new weights: a `WeightUpdate` of rollout.transport, or (checkpoint name, tensor). Running requests
         keep their cache and go on; new ones must not reuse a prefix of an older version. A failed update poisons the
         engine: every later call raises until a full update succeeds."""
         ...

@@ -20,7 +20,7 @@ from rollout.engine_thread import EngineThread
 if TYPE_CHECKING:
     import numpy as np
 
-    from rollout.transport.base import Received, Transport
+    from rollout.transport.base import WeightUpdate
 
 T = TypeVar("T")
 Kind = Literal["torch", "vllm"]
@@ -96,33 +96,6 @@ def make_engine(kind: str, model: str | Path, options: dict[str, Any]) -> Engine
     return TorchEngine(model, **options)
 
 
-def receive(handle: Any, version: int, kept: dict[str, Transport] | None = None) -> Received:
-    """The published tensors behind any transport's handle, each checked against the manifest. `kept` holds what
-    transports keep from sync to sync (mapped buffers, process groups). Raises ValueError when the weights are not
-    those of `version`."""
-    transport = _transport(handle, {} if kept is None else kept)
-    found = transport.manifest(handle).version
-    if found != version:
-        raise ValueError(f"the published weights are those of version {found}, the update is to version {version}")
-    return transport.receive(handle)
-
-
-def _transport(handle: Any, kept: dict[str, Transport]) -> Transport:
-    from rollout.transport import ipc, nccl
-
-    if isinstance(handle, (str, Path)):
-        from rollout.transport.disk import DiskTransport
-
-        return DiskTransport(Path(handle).parent)
-    if isinstance(handle, ipc.Published):
-        return kept.setdefault("ipc", ipc.IpcTransport())
-    if isinstance(handle, nccl.Published):
-        return kept.setdefault("nccl", nccl.NcclTransport(handle.engines))
-    from rollout.transport.object_store import ObjectStoreTransport
-
-    return ObjectStoreTransport()
-
-
 class RolloutWorker:
     """Owns one engine and the thread it works on. `rlzero.cluster` makes it a Ray actor; because its methods are
     coroutines Ray lets them overlap, so that an update or an interruption passes a `completed` that waits."""
@@ -131,7 +104,6 @@ class RolloutWorker:
         options = dict(options or {})
         threads = options.setdefault("threads", threads)
         self.kind = kind
-        self._transports: dict[str, Transport] = {}
 
         def make() -> Engine:
             if threads is not None:
@@ -169,16 +141,12 @@ class RolloutWorker:
     async def interrupt(self, only: Collection[str] | None = None) -> list[Rollout]:
         return await asyncio.wrap_future(self._engine.interrupt(only))
 
-    async def update(self, handle: Any, version: int) -> int:
-        """Receives published weights into the engine and returns its version. The engine is poisoned when they do not
-        arrive whole; a handle of another version is refused before it touches the engine."""
+    async def update(self, update: WeightUpdate) -> int:
+        """Receives new weights into the engine and returns its version. The engine is poisoned when they do not arrive
+        whole."""
 
         def work(engine: Engine) -> int:
-            weights = receive(handle, version, self._transports)
-            try:
-                engine.update(weights, version)
-            finally:
-                weights.close()  # an engine that gave up midway must not keep the trainer waiting
+            engine.update(update, update.version)
             return engine.version
 
         return await self._call(work)

@@ -93,6 +93,18 @@ class Policy(ABC):
     def weights(self, mtp: bool = False) -> Iterator[tuple[str, Tensor]]:
         """(checkpoint name, the live tensor), tied copies left out. `mtp` includes multi-token-prediction layers."""
 
+    def layout(self, mtp: bool = False) -> list[tuple[str, torch.Size, torch.dtype]]:
+        """Names, shapes and dtypes of `weights`."""
+        return [(name, tensor.shape, tensor.dtype) for name, tensor in self.weights(mtp)]
+
+    def owners(self, mtp: bool = False) -> list[int]:
+        """The rank that has each tensor in `owned_weights`."""
+        return [0] * len(self.layout(mtp))
+
+    def owned_weights(self, mtp: bool = False) -> Iterator[tuple[str, Tensor | None]]:
+        """As `weights`; one of several ranks has None where another one owns the tensor."""
+        return self.weights(mtp)
+
     @abstractmethod
     def _save_weights(self, folder: Path) -> None: ...
 
@@ -333,9 +345,7 @@ class V3Policy(Policy):
         config = self.module.config
         if not self.router_layers:
             raise ValueError(NO_ROUTER)
-        counter = HitCounter(
-            len(self.router_layers), config.n_routed_experts, config.num_experts_per_tok, self.device
-        )
+        counter = HitCounter(len(self.router_layers), config.n_routed_experts, config.num_experts_per_tok, self.device)
         for batch in batches:
             there = to_device(batch, self.device)
             hidden = self._measured_hidden(there, counter)

@@ -15,8 +15,8 @@ import torch
 
 from rlzero.cluster import errors as failures
 from rlzero.config.read import UsageError
-from rollout.transport.ipc import IpcTransport
-from rollout.transport.nccl import NcclTransport
+from rollout.transport.base import Sender, WeightUpdate
+from rollout.transport.transports import Transport
 from trainer.parallel.ranks import Rendezvous
 from trainer.trainer import Trainer
 
@@ -43,7 +43,7 @@ class Actor:
 
     async def call(self, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
         """What `method` returns. Raises `ClusterError` when it takes longer than `deadline_s`, Ray's `RayActorError`
-        when the process is gone, and `TrainerDied` when weights it was handed are gone with the trainer."""
+        when the process is gone."""
         try:
             async with asyncio.timeout(deadline_s):
                 return await self.submit(method, *args, **kwargs)
@@ -52,8 +52,6 @@ class Actor:
                 f"{self.name} did not answer '{method}' within {deadline_s:g} s and is taken for hung; if the work "
                 "really takes that long, raise rollout.deadline_s (cluster.deadline_s for the start)"
             ) from error
-        except ray.exceptions.ObjectLostError as error:  # published weights, the only objects an actor makes
-            raise TrainerDied(f"the trainer's process died before {self.name} had its weights: {error}") from error
         except ray.exceptions.RayTaskError as error:
             raise failures.original(error, self.name, method) from error
 
@@ -75,8 +73,8 @@ class TrainerActor(Trainer):
     the ranks have to be told where rank 0 listens."""
 
     def __init__(self, rank: int):
-        self._rank, self._listener, self._transport = rank, None, None
-        self._sends_mtp = False
+        self._rank, self._listener = rank, None
+        self._sender: Sender | None = None
 
     def meet(self) -> str:
         """Rank 0's address, host:port, at which the others find it: of the node's own interface, nobody else's."""
@@ -95,49 +93,28 @@ class TrainerActor(Trainer):
             rendezvous = Rendezvous(self._rank, address, listening)
         super().__init__(*args, rendezvous=rendezvous, **kwargs)
 
-    def publish(self, transport: Any, version: int, mtp: bool = False) -> Any:
-        """The handle through which engines receive the weights of policy `version`: rank 0's. The other ranks take
-        part in the gathering and return None. `mtp`: also those of its layers of multi-token prediction, for engines
-        that draft with them."""
-        if self._rank > 0:
-            for _ in self.weights(mtp):
-                pass
-            return None
-        # These take live tensors where they lie (several ranks `offer` and `send` theirs); others, copies on the CPU.
-        live = isinstance(transport, (IpcTransport, NcclTransport))
-        return self._kept(transport).publish(list(self.policy.weights(mtp)) if live else self.weights(mtp), version)
+    def prepare_weights(self, transport: Transport, version: int, mtp: bool) -> WeightUpdate:
+        """What `send_weights` will bring of the policy of this version, see `Sender`. `mtp`: its layers of multi-token
+        prediction, too, for engines that draft with them."""
+        if self._sender is None:
+            self._sender = transport.sender(self._rank, self.device, ray.util.get_node_ip_address())
+        owned = transport.kind == "nccl"
+        self._weights = lambda: (self.policy.owned_weights if owned else self.policy.weights)(mtp)
+        return self._sender.prepare(self.policy.layout(mtp), version, self.policy.owners(mtp) if owned else None)
 
-    def offer(self, transport: Any, version: int, mtp: bool, engines: list[int]) -> Any:
-        """Of one of several ranks: the handle of weights that `send` will bring, see `SentTransport`. `engines` is how
-        many of them every rank has on its GPU."""
-        policy, kept = self.policy, self._kept(transport)
-        self._sends_mtp = mtp
-        if isinstance(kept, NcclTransport):
-            return kept.offer(policy.layout(mtp), version, policy.owners(mtp), self._rank, self.device)
-        kept.engines = engines[self._rank]
-        return kept.offer(policy.layout(mtp), version, self.device)
-
-    def send(self) -> str | None:
-        """Brings what was offered. Returns, and does not raise, what went wrong at an engine: this rank is well."""
-        owned = isinstance(self._transport, NcclTransport)
-        weights = self.policy.owned_weights if owned else self.policy.weights
+    def send_weights(self) -> str | None:
+        """Brings what was prepared. Returns, and does not raise, what went wrong at an engine: this rank is well."""
         try:
-            self._transport.send(weights(self._sends_mtp))
+            self._sender.send(self._weights())
         except RuntimeError as error:
             return str(error)
         return None
 
-    def _kept(self, transport: Any) -> Any:
-        """The first transport stays: it keeps buffers and groups from sync to sync."""
-        if self._transport is None:
-            self._transport = transport
-        return self._transport
-
-    def forget_transport(self) -> None:
-        """The next publication begins with a new one: of engines that an old one knew, one is gone."""
-        if isinstance(self._transport, (IpcTransport, NcclTransport)):
-            self._transport.close()
-        self._transport = None
+    def forget_engines(self) -> None:
+        """The next update begins with a new sender: of the engines that an old one knew, one is gone."""
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = None
 
     def release(self) -> None:
         """Gives back the device memory that nothing holds at the moment."""

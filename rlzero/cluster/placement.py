@@ -113,9 +113,9 @@ def on_gpus(config: Config) -> bool:
 
 
 def engine_gpus(config: Config) -> int:
-    """GPUs of one engine: its tensor parallel size."""
-    asked = config.rollout.engine_args.get("tensor_parallel_size", 1)
-    return asked if isinstance(asked, int) and asked > 0 else 1
+    """GPUs of one engine, a process of vLLM on each: its tensor parallel size times its pipeline parallel size."""
+    asked = [config.rollout.engine_args.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
+    return math.prod(size if isinstance(size, int) and size > 0 else 1 for size in asked)
 
 
 def choose(config: Config, gpus: int | None = None) -> Choice:
@@ -123,7 +123,7 @@ def choose(config: Config, gpus: int | None = None) -> Choice:
     cluster's are counted when it is joined)."""
     if not on_gpus(config):
         kind: Kind = "colocated" if config.cluster.placement == "colocated" else "disaggregated"
-        return _with_transport(config, kind, "on CPUs, where every process has memory of its own", "object_store")
+        return _with_transport(config, kind, "on CPUs, where every process has memory of its own", "nccl")
     ranks, workers, each = config.parallel.ranks, config.rollout.workers, engine_gpus(config)
     needed = ranks + workers * each
     if config.cluster.placement != "auto":

@@ -88,7 +88,7 @@ class RolloutOptions(_Section):
     max_tokens: Positive = 32_768
     temperature: float = Field(1.0, gt=0)
     stop: tuple[str, ...] = ()
-    transport: Literal["auto", "object_store", "disk", "ipc", "nccl"] = "auto"
+    transport: Literal["auto", "ipc", "nccl"] = "auto"
     max_gap: float = Field(0.05, gt=0)  # mean |logprob of engine - of trainer| at step 0 above which the run stops
     deadline_s: float = Field(3600.0, gt=0)  # a worker silent for longer is taken for dead
 

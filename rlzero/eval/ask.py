@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rewards.workers.runner import RewardRunner
-from rlzero.cluster.engines import Fleet
+from rlzero.cluster.engines import EnginePool
 from rlzero.eval import statistics
 from rlzero.eval.evaluate import answer_of
 from rlzero.eval.store import Sample, Store
@@ -44,7 +44,7 @@ class EngineModel:
     """The engines of a run. The noise of a sample is keyed by question and number, so that an evaluation which was cut
     off goes on with what it would have drawn."""
 
-    def __init__(self, pool: Fleet, tokens: Callable[[str], tuple[int, ...]], sampling: Sampling):
+    def __init__(self, pool: EnginePool, tokens: Callable[[str], tuple[int, ...]], sampling: Sampling):
         self._pool, self._tokens, self._sampling = pool, tokens, sampling
 
     async def answers(self, wanted: Sequence[tuple[Question, int]]) -> AsyncIterator[Answer]:

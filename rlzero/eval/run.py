@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from rewards.workers.runner import RewardRunner
-from rlzero.cluster.engines import Fleet
+from rlzero.cluster.engines import EnginePool
 from rlzero.cluster.ray_cluster import Cluster
 from rlzero.config.read import UsageError
 from rlzero.config.rl import Config
@@ -43,7 +43,7 @@ def run(config: Config, output: Path | None = None, say: Say = lambda line: None
     """
     prompts = list(load_prompts(config, load_tokenizer(config.policy.path), "evaluation"))
 
-    async def answer(pool: Fleet) -> list[Group]:
+    async def answer(pool: EnginePool) -> list[Group]:
         written = nullcontext()
         if output is not None:
             written = dump.writing(output, config.rewards, policy=config.policy.path)
@@ -61,14 +61,14 @@ def run(config: Config, output: Path | None = None, say: Say = lambda line: None
     return _with_engines(config, answer, say)
 
 
-def _with_engines(config: Config, work: Callable[[Fleet], Any], say: Say) -> Any:
+def _with_engines(config: Config, work: Callable[[EnginePool], Any], say: Say) -> Any:
     """What `work(pool)` returns, with the engines of `config` running meanwhile."""
     kind, reason = engine(config)
     say(f"engine: {kind} ({reason})")
 
     async def inside() -> Any:
         with Cluster(config, trainer=False) as cluster:
-            pool = Fleet(cluster, kind, str(config.policy.path), engine_options(config, kind, {}))
+            pool = EnginePool(cluster, kind, str(config.policy.path), engine_options(config, kind, {}))
             await pool.ready()
             return await work(pool)
 
@@ -131,7 +131,7 @@ def benchmarks(asked: Ask, overrides: Sequence[str], say: Say, counting: Callabl
     sampling = Sampling(limit, asked.temperature, asked.top_p, stop=config.rollout.stop)
     store = _store(asked, questions, chosen, {"sampling": _words(sampling), "template": template})
 
-    async def answer(pool: Fleet) -> None:
+    async def answer(pool: EnginePool) -> None:
         model = ask.EngineModel(pool, tokens.__getitem__, sampling)
         await _all(asked, chosen, questions, model, store, config.reward_workers, counting)
 

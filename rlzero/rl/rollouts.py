@@ -1,4 +1,4 @@
-"""Writes groups: prompts to the fleet, completions to the checkers, scored groups to whoever waits; and keeps the
+"""Writes groups: prompts to the engines, completions to the checkers, scored groups to whoever waits; and keeps the
 groups that a step leaves unfinished for the next one (partial rollouts)."""
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rewards.workers.runner import RewardRunner
-from rlzero.cluster.engines import Fleet
+from rlzero.cluster.engines import EnginePool
+from rlzero.cluster.weight_sync import WeightSync
 from rlzero.rl.groups import Group
 from rollout.engine import Prompt, Request, Rollout, Sampling
 
@@ -39,10 +40,16 @@ class OpenGroup:
 
 class Writer:
     """Every group is opened once, written by one worker at a time and scored once, as soon as its last sample ends.
-    `scored` is called with each."""
+    `scored` is called with each. Without a `sync` engines write with the weights of their folder."""
 
-    def __init__(self, fleet: Fleet, rewards: RewardRunner, scored: Callable[[Group], None] | None = None):
-        self.fleet, self.rewards = fleet, rewards
+    def __init__(
+        self,
+        pool: EnginePool,
+        rewards: RewardRunner,
+        sync: WeightSync | None = None,
+        scored: Callable[[Group], None] | None = None,
+    ):
+        self.pool, self.rewards, self.sync = pool, rewards, sync
         self._scored = scored
         self.carried: list[OpenGroup] = []  # opened for an earlier step and not taken yet, the oldest first
         self._open: dict[str, OpenGroup] = {}
@@ -68,7 +75,7 @@ class Writer:
             group.paused = False
         await self._submit(going_on)
         running = self.carried + await self._begin(tag, prompts, samples, sampling)
-        overdue = [group for group in running[:count] if self.fleet.version - group.version >= MOST_CARRIED]
+        overdue = [group for group in running[:count] if self._version - group.version >= MOST_CARRIED]
         await self._until(lambda: sum(bool(g.scored) for g in running) >= count and all(g.scored for g in overdue))
         taken = [group for group in running if group.scored][:count]
         self.carried = [group for group in running if group not in taken]
@@ -83,27 +90,32 @@ class Writer:
             return 0
         for group in stopping.values():
             group.paused = True
-        stopped = await self.fleet.interrupt(ids)
+        stopped = await self.pool.interrupt(ids)
         for rollout in stopped:
             if rollout.tokens:
                 stopping[rollout.prompt_id].partial[rollout.sample] = rollout
-        await self._until(lambda: not self.fleet.has(ids))  # those that had ended are on their way
+        await self._until(lambda: not self.pool.has(ids))  # those that had ended are on their way
         return sum(len(rollout.tokens) for rollout in stopped)
 
     def close(self) -> None:
         for task in self._tasks.values():
             task.cancel()
 
+    @property
+    def _version(self) -> int:
+        """Of the policy that the engines hold."""
+        return -1 if self.sync is None else self.sync.version
+
     # --- in between --------------------------------------------------------------------------------------------------
 
     async def _begin(self, tag: str, prompts: Sequence[Prompt], samples: int, sampling: Sampling) -> list[OpenGroup]:
-        opened = [OpenGroup(f"{tag}/{p.id}", p, samples, sampling, self.fleet.version) for p in prompts]
+        opened = [OpenGroup(f"{tag}/{p.id}", p, samples, sampling, self._version) for p in prompts]
         self._open.update((group.key, group) for group in opened)
         await self._submit(opened)
         return opened
 
     async def _submit(self, groups: Sequence[OpenGroup]) -> None:
-        await self.fleet.submit([group.requests() for group in groups])
+        await self.pool.submit([group.requests() for group in groups])
         self._work("read", self._read)
 
     def _work(self, name: str, work: Callable) -> None:
@@ -128,8 +140,10 @@ class Writer:
 
     async def _read(self) -> None:
         """Carries rollouts from the engines to the checkers."""
-        while self.fleet.busy:
-            for rollout in await self.fleet.completed():
+        while self.pool.busy:
+            if self.sync is not None:
+                await self.sync.restore()
+            for rollout in await self.pool.completed():
                 group = self._open[rollout.prompt_id]
                 group.rollouts[rollout.sample] = rollout
                 group.partial.pop(rollout.sample, None)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from rewards.workers.runner import RewardRunner
-from rlzero.cluster.engines import Fleet
+from rlzero.cluster.engines import EnginePool
 from rlzero.cluster.placement import engine_gpus, on_gpus
 from rlzero.cluster.ray_cluster import Cluster
-from rlzero.cluster.weight_sync import Handover
+from rlzero.cluster.weight_sync import WeightSync
 from rlzero.config.read import UsageError
 from rlzero.config.rl import Config
 from rlzero.data.prompts import PromptStream, load_prompts, load_tokenizer
@@ -105,12 +105,12 @@ class Run:
                 await self.trainer.call("release")
             folder = str(self.start_from or config.policy.path)
             planned = {"sleep_level": self.sleep_level, **plan.engine_options(config, kind)}
-            self.fleet = Fleet(self.cluster, kind, folder, engine_options(config, kind, planned))
-            self.writer = Writer(self.fleet, self.rewards)
-            self.handover = Handover(config, kind, placed, self.trainer, self.fleet, self.sleep_level)
+            self.pool = EnginePool(self.cluster, kind, folder, engine_options(config, kind, planned))
+            self.weight_sync = WeightSync(config, kind, placed, self.trainer, self.pool, self.sleep_level)
+            self.writer = Writer(self.pool, self.rewards, self.weight_sync)
             if self.start_from is not None and not placed.shares_gpus:
                 await self._open_trainer()  # awaited first: it knows best what is wrong with a checkpoint
-            await asyncio.gather(self.trainer.ready(config.cluster.deadline_s), self.fleet.ready())
+            await asyncio.gather(self.trainer.ready(config.cluster.deadline_s), self.pool.ready())
             await self.publish(version=self.step)
             self._step_began_s = time.monotonic()  # the start is no part of the first step
         except BaseException:
@@ -196,14 +196,14 @@ class Run:
         if not self.config.staleness:
             self._step_metrics["interrupted_tokens"] = float(await self.writer.pause())
         await self.weigh()
-        await self.handover.trainer_begins()
+        await self.weight_sync.trainer_begins()
 
     async def publish(self, version: int) -> None:
         """Hands the trainer's weights to every engine and compares log-probabilities on the probe: that alone sees
         what an engine derived or repacked from them. What may be written now waits for that: the probe would stand
         behind the prompts of a whole step."""
         await self.weigh()
-        await self.handover.publish(version)
+        await self.weight_sync.update_engines(version)
         await self.check_agreement(version)
         async with self._published:
             self._published.notify_all()
@@ -211,7 +211,7 @@ class Run:
     @property
     def version(self) -> int:
         """Of the policy that the engines hold; -1 before the first."""
-        return self.handover.version
+        return self.weight_sync.version
 
     async def weigh(self) -> None:
         """Into the step's metrics: the most memory that trainer, engines and the trainer's GPU held, beside what was
@@ -221,7 +221,7 @@ class Run:
         found = {f"memory_trainer_{k}_bytes": v for k, v in (await self.trainer.call("memory")).items()}
         found["memory_device_bytes"] = found.pop("memory_trainer_device_bytes", 0)
         if not self.config.staleness:  # an engine that writes would let the step wait
-            found["memory_engine_reserved_bytes"] = max(a.get("reserved", 0) for a in await self.fleet.memory())
+            found["memory_engine_reserved_bytes"] = max(a.get("reserved", 0) for a in await self.pool.memory())
         for name, value in found.items():
             self._step_metrics[name] = max(float(value), self._step_metrics.get(name, 0.0))
         self._step_metrics["memory_planned_bytes"] = float(self.gpu.on_trainer)
@@ -231,9 +231,9 @@ class Run:
         rollout.max_gap allows."""
         temperature, sequences = self.config.rollout.temperature, [*self.probe, *self.far.values()]
         trained, scores = await asyncio.gather(
-            self.trainer.call("score", sequences, temperature), self.fleet.score(sequences, temperature)
+            self.trainer.call("score", sequences, temperature), self.weight_sync.score(sequences, temperature)
         )
-        for worker, written in zip(self.fleet.workers, scores, strict=True):
+        for worker, written in zip(self.pool.workers, scores, strict=True):
             gap = probe.worst_logprob_diff(written, trained, self.far)
             self._step_metrics["sync_gap"] = max(gap["mean_abs"], self._step_metrics.get("sync_gap", 0.0))
             if not gap["mean_abs"] <= self.config.rollout.max_gap:
@@ -274,8 +274,8 @@ class Run:
     def record(self, step: int, graded: Graded, metrics: dict[str, float]) -> None:
         """Writes the step's line of metrics and, now and then, what the policy wrote."""
         line = {"step": step, **self._written.pop(step).metrics(self.config.rewards), **metrics}
-        line |= staleness(graded.groups, trained_version=step) | self.fleet.shares()
-        line |= self._step_metrics | {"worker_restarts": self.fleet.restarts, "policy_version": self.version}
+        line |= staleness(graded.groups, trained_version=step) | self.pool.shares()
+        line |= self._step_metrics | {"worker_restarts": self.pool.restarts, "policy_version": self.version}
         line["time_step_s"] = time.monotonic() - self._step_began_s
         self._step_metrics, self._step_began_s = {}, time.monotonic()
         self.log.metrics(line)

@@ -25,6 +25,8 @@ from rollout.torch.decoder import Decoder
 from rollout.torch.rows import Rows
 from rollout.torch.sampler import sample
 from rollout.torch.stop import StopFinder
+from rollout.transport.base import Receiver, WeightUpdate
+from rollout.transport.transports import receive
 from trainer.checkpoint.model_folder import read_config, refusal, text_end
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ def build_decoder(
     if read_config(path).get("model_type") == "deepseek_v3":
         from rollout.torch.decode_native import NativeDecoder
         from rollout.torch.decode_v3 import V3Decoder, latent_is_smaller
-        from rollout.transport.disk import read_folder
+        from trainer.checkpoint.folder import FolderReader
         from trainer.model.v3_config import V3Config
 
         config = V3Config.load(path)
@@ -68,7 +70,7 @@ def build_decoder(
             else V3Decoder(config, dtype=dtype, device=device, cache=cache, keep_routing=keep_routing)
         )
         log.info("%s: V3 decoding with %s kernels, %s cache", path, *_names(native, expanded))
-        decoder.load(read_folder(path))
+        decoder.load(FolderReader(path))
         return decoder
     if kernels == "native":
         raise ValueError(f"native kernels decode DeepSeek-V3 models only, {path} is another one: leave kernels='auto'")
@@ -131,6 +133,7 @@ class TorchEngine:
         self._waiting: deque[Request] = deque()
         self._rows = Rows()
         self._ended: list[Rollout] = []
+        self._receivers: dict[type, Receiver] = {}
         self._unusable: str | None = None
         self._asleep: tempfile.TemporaryDirectory | None = None
         self._reserved = (0, 0, 0)  # rows, context and completion tokens of the decoder's caches
@@ -202,7 +205,7 @@ class TorchEngine:
 
     # weights
 
-    def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update(self, weights: WeightUpdate | Iterable[tuple[str, Tensor]], version: int) -> None:
         if self._asleep is not None:
             raise EngineUnusable("the engine is asleep: call wake() before update()")
         if self._unusable == "closed":
@@ -210,16 +213,20 @@ class TorchEngine:
         self._rows.count_tokens(self.version)
         # From here until everything has arrived the weights may be a mixture.
         self._unusable = f"the update to version {version} did not finish"
+        arriving = receive(weights, self._receivers) if isinstance(weights, WeightUpdate) else None
         try:
-            self.decoder.load(weights)
+            self.decoder.load(weights if arriving is None else arriving)
         except Exception as error:
             self._unusable = f"the update to version {version} failed: {error}"
             raise
+        finally:
+            if arriving is not None:
+                arriving.close()  # who gave up midway must not keep the trainer waiting
         self._unusable = None
         self.version = version
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights as the engine holds them, under checkpoint names (to compare fingerprints)."""
+        """The weights as the engine holds them, under checkpoint names (to compare checksums)."""
         self._check()
         yield from self.decoder.weights()
 

@@ -1,4 +1,4 @@
-"""Tensors laid side by side in buffers of bounded size: what the transports between processes send at a time."""
+"""Tensors laid side by side in buffers of bounded size: what the transports send at a time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from math import prod
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rollout.transport.base import Entry, Layout
-from rollout.transport.fingerprint import Reading
-from rollout.transport.payload import parts, put
+from rollout.transport.base import Layout, TensorSpec
+from rollout.transport.checksum import Checksums
+from rollout.transport.payload import grouped, put
 
 ALIGNMENT = 64  # bytes; every tensor starts on one
 BUCKET_BYTES = 256 << 20
@@ -22,53 +21,55 @@ BUCKET_BYTES = 256 << 20
 
 @dataclass(eq=False)
 class Bucket:
-    """Entries of one bucket and the byte at which each begins. `groups` are the entries of each tensor of the trainer:
-    one, or an FP8 weight and its scales. All come from the rank `owner`; `first` is the first one's place among all."""
+    """The tensors of one bucket and the byte at which each begins. `groups` are the specs of each tensor of the
+    trainer: one, or an FP8 weight and its scales. All come from the rank `owner`."""
 
     owner: int = 0
-    first: int = 0
-    entries: list[Entry] = field(default_factory=list)
+    specs: list[TensorSpec] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
-    groups: list[tuple[Entry, ...]] = field(default_factory=list)
+    groups: list[tuple[TensorSpec, ...]] = field(default_factory=list)
     nbytes: int = 0
 
     @property
-    def nbytes_with_numbers(self) -> int:
-        """With the fingerprints behind the tensors."""
-        return self.nbytes + 8 * len(self.entries)
+    def nbytes_with_checksums(self) -> int:
+        """With the checksums behind the tensors."""
+        return self.nbytes + 8 * len(self.specs)
 
 
-def nbytes(entry: Entry) -> int:
-    return prod(entry.shape) * getattr(torch, entry.dtype).itemsize
-
-
-def buckets_of(entries: Sequence[Entry], bucket_bytes: int, owners: tuple[int, ...] | None = None) -> list[Bucket]:
-    """Entries in buckets, in order. A new one begins where the next tensor does not fit or has another owner; a tensor
+def buckets_of(
+    specs: Sequence[TensorSpec], bucket_bytes: int, owners: tuple[int, ...] | None = None
+) -> tuple[Bucket, ...]:
+    """Tensors in buckets, in order. A new one begins where the next tensor does not fit or has another owner; a tensor
     larger than `bucket_bytes` has a bucket to itself. Trainer and engine come to the same buckets, and sync after
     sync to the same objects."""
-    return _buckets_of(tuple(entry[:3] for entry in entries), bucket_bytes, owners)
+    return _buckets_of(tuple(specs), bucket_bytes, owners)
 
 
 @lru_cache(maxsize=8)
-def _buckets_of(lines: tuple[tuple, ...], bucket_bytes: int, owners: tuple[int, ...] | None) -> list[Bucket]:
+def _buckets_of(specs: tuple[TensorSpec, ...], bucket_bytes: int, owners: tuple[int, ...] | None) -> tuple[Bucket, ...]:
     buckets: list[Bucket] = []
     at = 0
-    for group in parts([Entry(*line) for line in lines]):
+    for group in grouped(specs):
         owner = owners[at] if owners else 0
-        sizes = [-(-nbytes(entry) // ALIGNMENT) * ALIGNMENT for entry in group]
-        if not buckets or buckets[-1].owner != owner or buckets[-1].nbytes + sum(sizes) > bucket_bytes:
-            buckets.append(Bucket(owner, at))
         at += len(group)
+        sizes = [-(-spec.nbytes // ALIGNMENT) * ALIGNMENT for spec in group]
+        if not buckets or buckets[-1].owner != owner or buckets[-1].nbytes + sum(sizes) > bucket_bytes:
+            buckets.append(Bucket(owner))
         bucket = buckets[-1]
         bucket.groups.append(group)
-        for entry, size in zip(group, sizes, strict=True):
-            bucket.entries.append(entry)
+        for spec, size in zip(group, sizes, strict=True):
+            bucket.specs.append(spec)
             bucket.offsets.append(bucket.nbytes)
             bucket.nbytes += size
-    return buckets
+    return tuple(buckets)
 
 
-def sources(
+def largest(buckets: Iterable[Bucket]) -> int:
+    """Bytes of a buffer that holds each of these buckets."""
+    return max((bucket.nbytes_with_checksums for bucket in buckets), default=0)
+
+
+def filled(
     buckets: Sequence[Bucket], layout: Layout, tensors: Iterable[tuple[str, Tensor | None]]
 ) -> Iterator[tuple[Bucket, list[Tensor | None]]]:
     """Each bucket with the trainer's tensors that go into it, None where another rank has them; takes all of
@@ -92,42 +93,41 @@ def sources(
         raise ValueError(f"{more[0]} came behind the last of {len(layout)} tensors that were offered")
 
 
-class Window:
+class BucketViews:
     """Typed views of one buffer. They are made once: syncs repeat with the same shapes at the same places."""
 
     def __init__(self, buffer: Tensor):
         self.buffer = buffer  # uint8
-        self._views: dict[Bucket, list[Tensor]] = {}
-        self._places: dict[Bucket, list[tuple[Tensor, ...]]] = {}
-        self._numbers_sent: dict[Bucket, Tensor] = {}
-        self._readings: dict[Bucket, Reading] = {}
+        self._tensors: dict[Bucket, list[Tensor]] = {}
+        self._groups: dict[Bucket, list[tuple[Tensor, ...]]] = {}
+        self._checksums: dict[Bucket, Checksums] = {}
 
-    def views(self, bucket: Bucket) -> list[Tensor]:
-        """The bucket's tensors, one for each entry."""
-        if bucket not in self._views:
-            self._views[bucket] = [
-                self.buffer[offset : offset + nbytes(entry)].view(getattr(torch, entry.dtype)).view(entry.shape)
-                for entry, offset in zip(bucket.entries, bucket.offsets, strict=True)
+    def tensors(self, bucket: Bucket) -> list[Tensor]:
+        """The bucket's tensors, one for each of its specs."""
+        if bucket not in self._tensors:
+            self._tensors[bucket] = [
+                self.buffer[offset : offset + spec.nbytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+                for spec, offset in zip(bucket.specs, bucket.offsets, strict=True)
             ]
-        return self._views[bucket]
+        return self._tensors[bucket]
+
+    def named(self, bucket: Bucket) -> list[tuple[str, Tensor]]:
+        return [(spec.name, view) for spec, view in zip(bucket.specs, self.tensors(bucket), strict=True)]
 
     @torch.no_grad()
     def pack(self, bucket: Bucket, tensors: Sequence[Tensor]) -> None:
         """Copies the trainer's tensors into the buffer, in the form they travel in."""
-        if bucket not in self._places:
-            views = iter(self.views(bucket))
-            self._places[bucket] = [tuple(next(views) for _ in group) for group in bucket.groups]
-        put(tensors, self._places[bucket])
+        if bucket not in self._groups:
+            views = iter(self.tensors(bucket))
+            self._groups[bucket] = [tuple(next(views) for _ in group) for group in bucket.groups]
+        put(tensors, self._groups[bucket])
 
-    def numbers(self, bucket: Bucket, out: Tensor | None = None) -> Int[Tensor, " entries"]:
-        """The fingerprints of the bucket's tensors as they lie here, see `Reading`."""
-        if bucket not in self._readings:
-            self._readings[bucket] = Reading(self.views(bucket))
-        return self._readings[bucket](out)
+    def checksums(self, bucket: Bucket, out: Tensor | None = None) -> Int[Tensor, " tensors"]:
+        """Of the bucket's tensors as they lie here, see `Checksums`."""
+        if bucket not in self._checksums:
+            self._checksums[bucket] = Checksums(self.tensors(bucket))
+        return self._checksums[bucket](out)
 
-    def numbers_sent(self, bucket: Bucket) -> Int[Tensor, " entries"]:
-        """The place behind the tensors where their fingerprints travel."""
-        if bucket not in self._numbers_sent:
-            place = self.buffer[bucket.nbytes : bucket.nbytes_with_numbers]
-            self._numbers_sent[bucket] = place.view(torch.int64)
-        return self._numbers_sent[bucket]
+    def sent(self, bucket: Bucket) -> Int[Tensor, " tensors"]:
+        """The place behind the tensors where their checksums travel."""
+        return self.buffer[bucket.nbytes : bucket.nbytes_with_checksums].view(torch.int64)

@@ -30,7 +30,7 @@ class ExpectedWeights:
         config = read_config(folder)
         layers, prefix = text_fields(config).get("num_hidden_layers", 0), re.compile(r"model\.layers\.(\d+)\.")
         if config.get("model_type") == "deepseek_v3":
-            self.shapes = {entry.name: entry.shape for entry in FolderReader(folder).entries.values()}
+            self.shapes = {name: entry.shape for name, entry in FolderReader(folder).entries.items()}
         else:
             from trainer.hf_model import checkpoint_shapes
 
@@ -46,22 +46,31 @@ class ExpectedWeights:
         }
 
     def checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """`checked_buckets` of single tensors."""
+        for bucket in self.checked_buckets([pair] for pair in weights):
+            yield from bucket
+
+    def checked_buckets(self, buckets: Iterable[list[tuple[str, Tensor]]]) -> Iterator[list[tuple[str, Tensor]]]:
         """Passes the tensors on; raises ValueError at the first unknown, doubled or wrongly shaped one, and at the end
         when some never came."""
         seen: set[str] = set()
-        for name, tensor in weights:
-            if self.tied and name == HEAD:
-                continue
-            if name not in self.shapes:
-                raise ValueError(f"the update holds {name!r}, which the engine's checkpoint does not have")
-            if name in seen:
-                raise ValueError(f"the update holds {name!r} twice")
-            if tuple(tensor.shape) != self.shapes[name]:
-                raise ValueError(f"{name!r} has shape {tuple(tensor.shape)}, the engine expects {self.shapes[name]}")
-            seen.add(name)
-            yield name, tensor
+        for bucket in buckets:
+            yield [(name, tensor) for name, tensor in bucket if self._fits(name, tensor, seen)]
         missing = sorted(self.needed - seen)
         if missing:
             raise ValueError(
                 f"the update ended without {len(missing)} of {len(self.needed)} tensors, the first: {missing[0]!r}"
             )
+
+    def _fits(self, name: str, tensor: Tensor, seen: set[str]) -> bool:
+        """Whether the engine has a place of its own for the tensor, which is then among the `seen` ones."""
+        if self.tied and name == HEAD:
+            return False
+        if name not in self.shapes:
+            raise ValueError(f"the update holds {name!r}, which the engine's checkpoint does not have")
+        if name in seen:
+            raise ValueError(f"the update holds {name!r} twice")
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise ValueError(f"{name!r} has shape {tuple(tensor.shape)}, the engine expects {self.shapes[name]}")
+        seen.add(name)
+        return True

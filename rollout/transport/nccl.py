@@ -1,17 +1,16 @@
-"""Weights from the trainer's devices to engines on other devices: broadcasts, bucket by bucket.
+"""Weights from the trainer's devices to engines on other devices: broadcasts, bucket by bucket, on this host or others.
 
-The process groups are this transport's own, made on the first sync from torch's ProcessGroupNCCL (gloo on a CPU),
-beside whatever groups trainer and engines have. Every rank that sends forms one with all engines: a tensor that only
-one rank holds (an expert) goes from there to the engines, and no other rank of the trainer sees it. Two buckets are
-in flight; their fingerprints travel behind them. Neither side ever holds a second copy of the model.
+The process groups are this transport's own, made on the first sync from torch's ProcessGroupNCCL (gloo on CPUs),
+beside whatever groups trainer and engines have. Every rank that sends forms one with all receivers, which meet it at
+its store (rollout.transport.broadcast_group): a tensor that only one rank holds (an expert) goes from there to the
+engines, and no other rank of the trainer sees it. Two buckets are in flight; their checksums travel behind them.
 
-All that trainer and engines do on a GPU is ordered there: no side waits for it before the end, when all fingerprints
+All that trainer and engines do on a GPU is ordered there: no side waits for it before the end, when all checksums
 are compared at once. The kernel that takes those of a bucket runs while the next bucket travels, on NCCL's own stream.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,209 +18,159 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rollout.transport.base import Checks, CorruptWeights, Layout, Manifest, Received, layout_of
-from rollout.transport.buckets import BUCKET_BYTES, Bucket, Window, buckets_of, sources
-from rollout.transport.nccl_group import Group
+from rollout.transport.base import Checks, CorruptWeights, Layout, Received, Tensors, WeightUpdate
+from rollout.transport.broadcast_group import BroadcastGroup
+from rollout.transport.buckets import BUCKET_BYTES, Bucket, BucketViews, buckets_of, filled, largest
 from rollout.transport.payload import Payload, travelling, travelling_owners
 
 _IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
-class Published:
-    """What an engine needs to take part in the broadcasts. `meetings` are where the group of each sending rank meets:
-    a file, or host:port of that rank's store; `owners` the rank that sends each entry (None: rank 0 all)."""
+class NcclUpdate(WeightUpdate):
+    """`stores` are the host:port at which each sending rank is met; `owners` the rank that sends each tensor (None:
+    rank 0 all)."""
 
-    manifest: Manifest = field(repr=False)
-    bucket_bytes: int
-    engines: int
-    meetings: dict[int, str]
+    receivers: int
+    stores: dict[int, str]
     backend: str
     owners: tuple[int, ...] | None = field(default=None, repr=False)
 
-
-def merged(handles: Sequence[Published]) -> Published:
-    """One handle for the engines of those that the ranks of a trainer offered."""
-    first = handles[0]
-    if any(handle.manifest != first.manifest or handle.owners != first.owners for handle in handles[1:]):
-        raise ValueError("the ranks of the trainer offered different weights: their layouts or versions differ")
-    return replace(first, meetings={rank: place for handle in handles for rank, place in handle.meetings.items()})
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        return buckets_of(self.specs, self.bucket_bytes, self.owners)
 
 
-class NcclTransport:
-    """`publish`, or `offer` and `send` on each rank of the trainer; `receive` in each of `engines` processes with a
-    device of its own.
+def merged(updates: Sequence[NcclUpdate]) -> NcclUpdate:
+    """One update for the receivers of those that the ranks of a trainer prepared."""
+    first = updates[0]
+    if any(replace(update, stores=first.stores) != first for update in updates[1:]):
+        raise ValueError("the ranks of the trainer prepared different weights: their layouts or versions differ")
+    return replace(first, stores={rank: store for update in updates for rank, store in update.stores.items()})
 
-    Trainer and engines share a host unless `host` names this rank's address that engines of others reach. A
-    publication ends with its broadcast: every engine receives it once, and one that comes later needs the next.
-    `timeout_s` is how long either side waits for the other before it gives up. `payload` as in IpcTransport."""
+
+class NcclSender:
+    """Sends from `device` to `receivers` processes with devices of their own, as the trainer's rank `rank`. `host` is
+    the address of this node that they reach; `timeout_s` how long either side waits for the other. `payload` as in
+    IpcSender."""
 
     def __init__(
         self,
-        engines: int,
-        bucket_bytes: int = BUCKET_BYTES,
+        device: torch.device,
+        receivers: int = 1,
         payload: Payload = None,
-        host: str | None = None,
+        rank: int = 0,
+        host: str = "127.0.0.1",
+        bucket_bytes: int = BUCKET_BYTES,
         timeout_s: float = 120.0,
     ):
-        if engines < 1 or bucket_bytes < 1:
-            raise ValueError(f"engines is {engines} and bucket_bytes {bucket_bytes}; both must be at least 1")
-        self.engines, self.bucket_bytes, self.payload = engines, bucket_bytes, payload
-        self.host, self.timeout_s = host, timeout_s
-        self.checks = True  # False: nothing is compared, to measure what that costs
-        self._groups: dict[int, Group] = {}  # by the rank that sends
-        self._offer: _Offer | None = None
-        self._sending: threading.Thread | None = None
-        self._failure: Exception | None = None
-        self._windows: list[Window] = []
+        self.device, self.receivers, self.payload, self.rank, self.host = device, receivers, payload, rank, host
+        self.bucket_bytes, self.timeout_s = bucket_bytes, timeout_s
+        self._group: BroadcastGroup | None = None
+        self._layout: Layout = []
+        self._update: NcclUpdate | None = None
+        self._ring: list[BucketViews] = []
 
-    def __reduce__(self) -> tuple:
-        """Travels as what it was made with: groups and buffers belong to this process."""
-        return NcclTransport, (self.engines, self.bucket_bytes, self.payload, self.host, self.timeout_s)
-
-    # --- the trainer's side ------------------------------------------------------------------------------------------
-
-    def publish(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> Published:
-        """`offer`, with a thread that does the sending: the weights must not change until `wait` returns. Raises what
-        the last broadcast failed with."""
-        tensors = list(tensors)
-        device = tensors[0][1].device if tensors else torch.device("cpu")
-        handle = self.offer(layout_of(tensors), version, device=device)
-        self._sending = threading.Thread(target=self._send_alone, args=(tensors, device), name="weights to engines")
-        self._sending.daemon = True
-        self._sending.start()
-        return handle
-
-    def offer(
-        self,
-        layout: Layout,
-        version: int,
-        owners: Sequence[int] | None = None,
-        rank: int = 0,
-        device: torch.device | None = None,
-    ) -> Published:
-        """The handle of weights that `send` will bring from `device` (default: the current GPU, where there is one).
-        With several ranks each calls this with its `rank` and the same layout; `owners` says which rank sends each
-        tensor (default: rank 0 all of them), and engines are given the handles `merged`."""
-        self.wait()
+    def prepare(self, layout: Layout, version: int, owners: Sequence[int] | None = None) -> NcclUpdate:
+        """See `Sender`. Receivers are given the updates of all ranks, `merged`."""
         if owners is not None and len(owners) != len(layout):
             raise ValueError(f"{len(owners)} owners for {len(layout)} tensors")
-        if device is None:
-            on_gpu = torch.cuda.is_available()
-            device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        entries = travelling(layout, self.payload)
-        of_entries = None if owners is None else travelling_owners(layout, owners, self.payload)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if rank in (owners or (0,)) and rank not in self._groups:
-            self._groups[rank] = Group.host(self.engines, backend, self.host, self.timeout_s)
-        meetings = {rank: self._groups[rank].meeting} if rank in self._groups else {}
-        handle = Published(Manifest(version, entries), self.bucket_bytes, self.engines, meetings, backend, of_entries)
-        self._offer = _Offer(handle, list(layout), rank, device)
-        return handle
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if self.rank in (owners or (0,)) and self._group is None:
+            self._group = BroadcastGroup.host(self.receivers, backend, self.host, self.timeout_s)
+        self._layout = list(layout)
+        self._update = NcclUpdate(
+            version,
+            travelling(layout, self.payload),
+            self.bucket_bytes,
+            self.receivers,
+            {} if self._group is None else {self.rank: self._group.store_address},
+            backend,
+            None if owners is None else travelling_owners(layout, owners, self.payload),
+        )
+        return self._update
 
     def send(self, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-        """Brings what was offered, while the engines receive it; see `SentTransport`. None stands for a tensor that
-        another rank sends."""
-        offer, self._offer = self._offer, None
-        if offer is None:
-            raise RuntimeError("nothing was offered: call offer before each send")
-        buckets = buckets_of(offer.handle.manifest.entries, self.bucket_bytes, offer.handle.owners)
-        mine = [bucket for bucket in buckets if bucket.owner == offer.rank]
+        """See `Sender`. None stands for a tensor that another rank sends."""
+        update, self._update = self._update, None
+        if update is None:
+            raise RuntimeError("no update was prepared: call prepare before each send")
+        mine = [bucket for bucket in update.buckets if bucket.owner == self.rank]
         works: list[Any] = []
         failure: RuntimeError | None = None
         try:
-            for bucket, taken in sources(buckets, offer.layout, tensors):
-                if bucket.owner != offer.rank or failure is not None:
+            for bucket, taken in filled(update.buckets, self._layout, tensors):
+                if bucket.owner != self.rank or failure is not None:
                     continue  # the other ranks' collectives need this one to the end
                 try:
-                    self._send_bucket(bucket, taken, works, mine, offer)
+                    self._send_bucket(bucket, taken, works, mine)
                 except RuntimeError as error:
                     failure = error
             if failure is None and mine:
                 try:
                     for work in works[-_IN_FLIGHT:]:
                         work.wait()
-                    self._groups[offer.rank].finish(offer.device)
+                    self._group.finish(self.device)
                 except RuntimeError as error:
                     failure = error
         except BaseException:
-            self._drop(offer.rank)  # engines that wait see it
+            self.close()  # receivers that wait see it
             raise
         if failure is not None:
-            self._drop(offer.rank)
-            version = offer.handle.manifest.version
+            self.close()
             raise RuntimeError(
-                f"version {version} of the weights did not reach every engine: the broadcast from rank {offer.rank} "
-                f"failed at bucket {min(len(works), len(mine) - 1)} of {len(mine)}: {failure}"
+                f"version {update.version} of the weights did not reach every engine: the broadcast from rank "
+                f"{self.rank} failed at bucket {min(len(works), len(mine) - 1)} of {len(mine)}: {failure}"
             ) from failure
 
-    def _send_bucket(
-        self, bucket: Bucket, taken: list[Tensor | None], works: list[Any], mine: list[Bucket], offer: _Offer
-    ) -> None:
-        index, group = len(works), self._groups[offer.rank]
-        group.meet()
-        if index >= _IN_FLIGHT:
-            works[index - _IN_FLIGHT].wait()  # on a GPU the stream waits, not this thread
-        window = self._window(index % _IN_FLIGHT, mine, offer.device)
-        window.pack(bucket, taken)
-        if self.checks:
-            window.numbers(bucket, out=window.numbers_sent(bucket))
-        works.append(group.broadcast(window.buffer[: bucket.nbytes_with_numbers]))
-
-    def _send_alone(self, tensors: list[tuple[str, Tensor]], device: torch.device) -> None:
-        """`send` in a thread of its own, and on a stream of its own."""
-        try:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-                stream = torch.cuda.Stream(device)
-                stream.wait_stream(torch.cuda.default_stream(device))
-                with torch.cuda.stream(stream):
-                    self.send(tensors)
-            else:
-                self.send(tensors)
-        except Exception as error:  # told by `wait`, on the trainer's own thread
-            self._failure = error
-
-    def wait(self) -> None:
-        """Returns once the last publication has been broadcast: the weights may change. Raises what went wrong."""
-        if self._sending is not None:
-            self._sending.join()
-            self._sending = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise RuntimeError(f"the broadcast of the weights failed: {failure}") from failure
-
     def close(self) -> None:
-        """Leaves the groups: the next sync makes new ones, for engines that were started again too."""
-        for rank in list(self._groups):
-            self._drop(rank)
-        self._windows = []
-
-    def _drop(self, rank: int) -> None:
-        group = self._groups.pop(rank, None)
+        """Leaves the group: the next sync makes a new one, for receivers that were started again too."""
+        group, self._group = self._group, None
         if group is not None:
             group.abort()
 
-    # --- the engine's side -------------------------------------------------------------------------------------------
+    def _send_bucket(
+        self, bucket: Bucket, taken: list[Tensor | None], works: list[Any], mine: Sequence[Bucket]
+    ) -> None:
+        index = len(works)
+        self._group.meet()
+        if index >= _IN_FLIGHT:
+            works[index - _IN_FLIGHT].wait()  # on a GPU the stream waits, not this thread
+        if index == 0:
+            _fit(self._ring, mine, self.device)
+        views = self._ring[index % _IN_FLIGHT]
+        views.pack(bucket, taken)
+        views.checksums(bucket, out=views.sent(bucket))
+        works.append(self._group.broadcast(views.buffer[: bucket.nbytes_with_checksums]))
 
-    def manifest(self, handle: Published) -> Manifest:
-        return handle.manifest
 
-    def receive(self, handle: Published) -> Received:
-        manifest = Manifest(handle.manifest.version, handle.manifest.entries)
-        return Received(manifest, self._tensors(handle, manifest))
+class NcclReceiver:
+    """Receives in a process with a device of its own: the current GPU, or a CPU. `timeout_s` is the sender's."""
 
-    def _tensors(self, handle: Published, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-        device = torch.device("cuda", torch.cuda.current_device()) if handle.backend == "nccl" else torch.device("cpu")
-        buckets = buckets_of(handle.manifest.entries, handle.bucket_bytes, handle.owners)
-        self._join(handle, {bucket.owner for bucket in buckets})
-        works: list[Any] = []
+    def __init__(self, timeout_s: float = 120.0):
+        self.timeout_s = timeout_s
+        self._groups: dict[int, BroadcastGroup] = {}  # by the rank that sends
+        self._ring: list[BucketViews] = []
+
+    def receive(self, update: NcclUpdate) -> Received:
         checks = Checks()
+        return Received(update.specs, self._buckets(update, checks), checks)
+
+    def close(self) -> None:
+        """Leaves the groups."""
+        while self._groups:
+            self._groups.popitem()[1].abort()
+
+    def _buckets(self, update: NcclUpdate, checks: Checks) -> Iterator[Tensors]:
+        device = torch.device("cuda", torch.cuda.current_device()) if update.backend == "nccl" else torch.device("cpu")
+        buckets, ring, works = update.buckets, self._ring, []
+        self._join(update)
+        _fit(ring, buckets, device)
 
         def begin() -> None:
             bucket = buckets[len(works)]
-            window = self._window(len(works) % _IN_FLIGHT, buckets, device)
-            works.append(self._groups[bucket.owner].broadcast(window.buffer[: bucket.nbytes_with_numbers]))
+            buffer = ring[len(works) % _IN_FLIGHT].buffer
+            works.append(self._groups[bucket.owner].broadcast(buffer[: bucket.nbytes_with_checksums]))
 
         index, broken = 0, False
         try:
@@ -232,16 +181,13 @@ class NcclTransport:
                 if len(works) < len(buckets):
                     begin()
                 works[index].wait()
-                window = self._windows[index % _IN_FLIGHT]
-                if self.checks:
-                    sent = window.numbers_sent(bucket)
-                    checks.add(bucket.entries, window.numbers(bucket), sent.clone() if sent.is_cuda else sent)
-                for entry, tensor in zip(bucket.entries, window.views(bucket), strict=True):
-                    yield entry.name, tensor
+                views = ring[index % _IN_FLIGHT]
+                sent = views.sent(bucket)
+                checks.add(bucket.specs, views.checksums(bucket), sent.clone() if sent.is_cuda else sent)
+                yield views.named(bucket)
             if buckets:
                 self._groups[buckets[-1].owner].finish(device)
-            if self.checks:
-                manifest.entries = checks.finish()
+            checks.finish()
         except RuntimeError as error:
             broken = True
             self.close()
@@ -254,45 +200,31 @@ class NcclTransport:
             except RuntimeError:  # what it gave up for is told
                 self.close()
 
-    def _join(self, handle: Published, owners: set[int]) -> None:
-        """This engine's place in the group of every rank that sends."""
-        for owner in sorted(owners):
-            group = self._groups.get(owner)
-            if group is not None and group.meeting == handle.meetings.get(owner):
-                continue
-            if owner not in handle.meetings:
+    def _join(self, update: NcclUpdate) -> None:
+        """This process's place in the group of every rank that sends."""
+        for owner in sorted({bucket.owner for bucket in update.buckets}):
+            group, store = self._groups.get(owner), update.stores.get(owner)
+            if store is None:
                 raise CorruptWeights(
-                    f"weights cannot arrive: rank {owner} of the trainer sends some of them, its handle is not here: "
-                    "engines take the handles of all ranks, merged"
+                    f"weights cannot arrive: rank {owner} of the trainer sends some of them, its store is not here: "
+                    "engines take the updates of all ranks, merged"
                 )
-            joined = Group.join(handle.meetings[owner], handle.engines, handle.backend, self.timeout_s)
+            if group is not None and group.store_address == store:
+                continue
+            try:
+                joined = BroadcastGroup.join(store, update.receivers, update.backend, self.timeout_s)
+            except (OSError, RuntimeError) as error:
+                raise CorruptWeights(f"weights cannot arrive: nobody is met at the store {store} ({error})") from error
             if joined is None:
                 raise CorruptWeights(
-                    f"weights cannot arrive: {handle.engines} engines receive from this trainer and this is one more "
-                    "(one that was started again has to wait for a new group)"
+                    f"weights cannot arrive: {update.receivers} processes receive from this trainer and this is one "
+                    "more (one that was started again has to wait for a new group)"
                 )
             self._groups[owner] = joined
 
-    def _window(self, slot: int, buckets: Sequence[Bucket], device: torch.device) -> Window:
-        """A buffer that holds each of these buckets."""
-        size = max(bucket.nbytes_with_numbers for bucket in buckets)
-        while len(self._windows) <= slot:
-            self._windows.append(Window(torch.empty(0, dtype=torch.uint8, device=device)))
-        if len(self._windows[slot].buffer) < size or self._windows[slot].buffer.device != device:
-            self._windows[slot] = Window(torch.empty(size, dtype=torch.uint8, device=device))
-        return self._windows[slot]
 
-    def plain_broadcast(self, nbytes: int, device: torch.device) -> None:
-        """Broadcasts that many bytes from rank 0 in one piece, without weights: what a transfer costs at the least.
-        Trainer and engines call it together after a first publication."""
-        self._groups[0].broadcast(torch.empty(nbytes, dtype=torch.uint8, device=device)).wait()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-
-@dataclass(frozen=True)
-class _Offer:
-    handle: Published
-    layout: Layout
-    rank: int
-    device: torch.device
+def _fit(ring: list[BucketViews], buckets: Sequence[Bucket], device: torch.device) -> None:
+    """Makes the buffers anew, unless they are on the device and each of the buckets fits in."""
+    size = largest(buckets)
+    if not ring or len(ring[0].buffer) < size or ring[0].buffer.device != device:
+        ring[:] = [BucketViews(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(_IN_FLIGHT)]

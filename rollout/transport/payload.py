@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rollout.transport.base import Entry, Layout
+from rollout.transport.base import Layout, TensorSpec
 from trainer.checkpoint.folder import SCALE
 from trainer.checkpoint.hf import stored_as
 from trainer.checkpoint.model_folder import read_config
 from trainer.model.v3_config import FP8_BLOCKS
-from trainer.precision.quantize import FLOAT8, Quantized, quantize_blocks
+from trainer.precision.quantize import quantize_blocks
 
 # None: as they are; a dtype: floats cast to it; "fp8": E4M3 in blocks of 128x128 where DeepSeek's release has them.
 Payload = torch.dtype | Literal["fp8"] | None
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def travelling(layout: Layout, payload: Payload) -> tuple[Entry, ...]:
+def travelling(layout: Layout, payload: Payload) -> tuple[TensorSpec, ...]:
     """What travels for the trainer's tensors."""
-    return tuple(entry for line in layout for entry in _travels(*line, payload))
+    return tuple(spec for line in layout for spec in _travels(*line, payload))
 
 
 def travelling_owners(layout: Layout, owners: Sequence[int], payload: Payload) -> tuple[int, ...]:
@@ -31,26 +31,26 @@ def travelling_owners(layout: Layout, owners: Sequence[int], payload: Payload) -
     return tuple(o for line, o in zip(layout, owners, strict=True) for _ in _travels(*line, payload))
 
 
-def _travels(name: str, shape: Sequence[int], dtype: torch.dtype, payload: Payload) -> list[Entry]:
+def _travels(name: str, shape: Sequence[int], dtype: torch.dtype, payload: Payload) -> list[TensorSpec]:
     if payload == "fp8":
         stored = stored_as(name, dtype, tuple(shape), "fp8")
-        return [Entry(entry.name, entry.shape, str(entry.dtype).removeprefix("torch.")) for entry in stored]
+        return [TensorSpec(entry.name, entry.shape, str(entry.dtype).removeprefix("torch.")) for entry in stored]
     if payload is not None and dtype in _FLOATS and not name.endswith("e_score_correction_bias"):
         # A router's bias stays float32: its steps of 1e-3 are below BF16's resolution near 1.
         dtype = payload
-    return [Entry(name, tuple(shape), str(dtype).removeprefix("torch."))]
+    return [TensorSpec(name, tuple(shape), str(dtype).removeprefix("torch."))]
 
 
-def parts(entries: Sequence[Entry]) -> Iterator[tuple[Entry, ...]]:
-    """The entries of each tensor of the trainer: one, or an FP8 weight and its scales."""
-    waiting: list[Entry] = []
-    for entry in entries:
-        if waiting and entry.name == waiting[0].name + SCALE:
-            waiting.append(entry)
+def grouped(specs: Sequence[TensorSpec]) -> Iterator[tuple[TensorSpec, ...]]:
+    """The specs of each tensor of the trainer: one, or an FP8 weight and its scales."""
+    waiting: list[TensorSpec] = []
+    for spec in specs:
+        if waiting and spec.name == waiting[0].name + SCALE:
+            waiting.append(spec)
             continue
         if waiting:
             yield tuple(waiting)
-        waiting = [entry]
+        waiting = [spec]
     if waiting:
         yield tuple(waiting)
 
@@ -77,18 +77,6 @@ def put(tensors: Sequence[Tensor], places: Sequence[tuple[Tensor, ...]]) -> None
             quantized = quantize_blocks(tensor)
             values.copy_(quantized.values)
             scales.copy_(quantized.scales)
-
-
-def dequantized(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The weights that a set stands for, those in block-FP8 as float32 of their values and scales."""
-    incoming = iter(weights)
-    for name, tensor in incoming:
-        if tensor.dtype == FLOAT8:
-            following, scales = next(incoming, (None, None))
-            if following != name + SCALE:
-                raise ValueError(f"{name} is FP8 and its scales did not follow it: {following} came")
-            tensor = Quantized(tensor, scales).dequantize()
-        yield name, tensor
 
 
 def engine_payload(folder: str | Path, engine_args: Mapping[str, Any]) -> Payload:

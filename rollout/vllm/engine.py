@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,12 @@ from torch import Tensor
 
 from rollout.engine import EngineUnusable, Request, Rollout
 from rollout.tokenizer import completion_text, folder_tokenizer
-from rollout.transport.base import Manifest
+from rollout.transport.base import CorruptWeights, WeightUpdate
 from rollout.transport.expected_weights import ExpectedWeights
 from rollout.transport.payload import engine_payload
 from rollout.vllm.draft import Drafts, keep_temperature_of_drafts
-from rollout.vllm.install import Installed, Installer
+from rollout.vllm.install import Answer, Installed, install, keep_installer
 from rollout.vllm.records import all_positions, continued, prompt_logprobs, request_seed, sampled_logprobs
-from rollout.vllm.relay import Relay
 from rollout.vllm.sampling import draw_together, keep_noise_of_unread_prompts
 from rollout.vllm.serving import check_serving, drafts_from_policy
 from rollout.vllm.start import (
@@ -44,15 +43,7 @@ from rollout.vllm.start import (
 from trainer.checkpoint.model_folder import read_config, refusal, text_end
 from trainer.model.v3_config import FP8_BLOCKS
 
-# ---- functions that run inside a vLLM worker; others are in rollout.vllm.install and rollout.vllm.relay ----
-
-
-def _install(worker: Any, weights: Iterator, manifest: Manifest | None, shapes: dict[str, tuple]) -> Installed:
-    """Installs new weights in this process's only worker, which keeps its Installer."""
-    installer = getattr(worker, "rlzero_installer", None)
-    if installer is None:
-        installer = worker.rlzero_installer = Installer(worker, shapes)
-    return installer.install(weights, manifest)
+# ---- a function that runs inside a vLLM worker; others are in rollout.vllm.install ----
 
 
 def _set_score_temperature(worker: Any, temperature: float) -> None:
@@ -175,7 +166,7 @@ class VLLMEngine:
         self._closed = False
         self.installed: Installed | None = None  # how the last update came in
         self._updates = 0
-        self._relay: Relay | None = None  # to workers that are processes of their own
+        self._vllm.engine_core.collective_rpc(keep_installer, args=(self._expected,))
 
     # -- requests --
 
@@ -316,9 +307,10 @@ class VLLMEngine:
 
     # -- weights --
 
-    def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Installs a complete set of checkpoint tensors and takes `version`. Raises EngineUnusable, from the cause,
-        when the set is incomplete or does not fit; the engine then refuses every call until an update succeeds."""
+    def update(self, weights: WeightUpdate | Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Installs a complete set of checkpoint tensors and takes `version`. Every worker of vLLM receives an update by
+        itself. Raises EngineUnusable, from the cause, when the set is incomplete, damaged or does not fit; the engine
+        then refuses every call until an update succeeds."""
         if self._closed:
             raise EngineUnusable("the engine is closed")
         if self._unusable == _ASLEEP:
@@ -334,7 +326,7 @@ class VLLMEngine:
         self._held += [self._running.pop(running.request.id).request for running in unread]
         self._unusable = f"the update to version {version} did not finish"
         try:
-            self.installed = self._install(weights, version)
+            self.installed = self._install(weights)
         except BaseException as error:
             self._unusable = (
                 f"the update to version {version} failed and may have left weights of two versions ({error}); "
@@ -346,15 +338,20 @@ class VLLMEngine:
         self._updates += 1
         self._resume()
 
-    def _install(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Installed:
-        core = self._vllm.engine_core
-        workers = self._vllm.vllm_config.parallel_config.world_size
-        if workers > 1:
-            self._relay = self._relay or Relay(core.collective_rpc, workers, self._expected)
-            return self._relay.install(weights, version)
-        checked, manifest = self._expected.checked(weights), getattr(weights, "manifest", None)
-        (installed,) = core.collective_rpc(_install, args=(checked, manifest, self._expected.shapes))
-        return installed
+    def _install(self, weights: WeightUpdate | Iterable[tuple[str, Tensor]]) -> Installed:
+        apart = self._vllm.vllm_config.parallel_config.world_size > 1  # workers are processes of their own
+        source = list(weights) if apart and not isinstance(weights, WeightUpdate) else weights
+        try:
+            answers: list[Answer] = self._vllm.engine_core.collective_rpc(install, args=(source,))
+        except Exception as error:
+            raise RuntimeError(
+                f"vLLM's workers gave no answer ({error}): where one has died, start the engine again"
+            ) from error
+        failed = [f"worker {n}: {answer.error}" for n, answer in enumerate(answers) if answer.error is not None]
+        if failed:
+            kind = CorruptWeights if any(answer.corrupt for answer in answers) else RuntimeError
+            raise kind("; ".join(failed))
+        return Installed.by_all([answer.installed for answer in answers])
 
     def score(self, sequences: list[list[int]], temperature: float = 1.0) -> list[np.ndarray]:
         """Log-probability of every token given those before it, float32 [len(sequence)] each; entry 0 is 0.0. Running
@@ -427,8 +424,6 @@ class VLLMEngine:
             return
         self._closed = True
         self._running.clear()
-        if self._relay is not None:
-            self._relay.close()
         self._vllm.engine_core.shutdown()
         del self._vllm
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory

@@ -1,31 +1,36 @@
-"""How new weights get into a running vLLM model. Of several workers that share one: rollout.vllm.parts.
+"""How an update gets into the models of one vLLM worker: in the engine's process, or one of several that share a model.
 
 vLLM's own way, `reload_weights`, rebuilds layer after layer in their checkpoint form and repacks it: right wherever
 vLLM repacks, and slow. On a GPU most layers keep the checkpoint's layout, so a copy of every tensor to where it belongs
 is enough. Where that is, vLLM says itself: its `load_weights` runs once over tensors without memory, and the copies it
-asks for are written down instead of made. Whether a copy is all it takes is shown, not assumed: after the first
-update, which goes vLLM's way, every tensor is read back from its place and compared, by fingerprint, with what was
-published. Only then do updates go directly; each is read back again. What a kernel might keep elsewhere, only
-log-probabilities see: `rollout.probe`.
+asks for are written down instead of made (rollout.vllm.copies). Whether a copy is all it takes is verified, not
+assumed: after the first update, which is a reload, every shard of a tensor that this worker holds is read back from its
+place and compared, by checksum, with what was sent (rollout.vllm.shards). Only then are updates copied; each is read
+back again. Where a worker has to stay with the reload, its first update says why. What a kernel might keep elsewhere,
+only log-probabilities see: `rollout.probe`.
 
-Block-FP8 (E4M3 and one scale per 128x128) goes the same ways. On Hopper the Triton experts and the CUTLASS linears
+Block-FP8 (E4M3 and one scale per 128x128) goes the same way. On Hopper the Triton experts and the CUTLASS linears
 read the checkpoint's own layout, DeepGEMM's linears too where their scales stay float32 (VLLM_USE_DEEP_GEMM_E8M0=0;
-with its default 1 vLLM quantizes anew to powers of two, and the engine no longer computes with what was published).
+with its default 1 vLLM quantizes anew to powers of two, and the engine no longer computes with what was sent).
 Marlin, FlashInfer's and AITER's experts repack: they stay with `reload_weights`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from rollout.transport.base import CorruptWeights, Entry, Manifest
-from rollout.transport.fingerprint import Reading, fingerprints
+from rollout.transport.base import CorruptWeights, Received, Tensors, TensorSpec, WeightUpdate, at_hand
+from rollout.transport.expected_weights import ExpectedWeights
+from rollout.transport.transports import receive
 from rollout.vllm.copies import (
     DERIVED,
     CannotPlan,
@@ -38,76 +43,181 @@ from rollout.vllm.copies import (
 )
 from rollout.vllm.draft import draft_model, kept_for_draft, reload_draft
 from rollout.vllm.serving import reset_expert_placement
+from rollout.vllm.shards import UNREAD, Shards, same_shards
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Installed:
-    """How an update came in: `way` is "direct" or "reload"; `verified` of `tensors` were read back from the engine's
-    own memory and found to be what was published (with several workers: every part of them that one of these holds)."""
+    """How an update came into an engine or one of its workers: by direct copies or vLLM's reload. `elements` are those
+    of each tensor, `read` how many of them were read back from the engine's own memory and found to be what was sent
+    (UNREAD: some that a worker holds were not). `reason` is why updates go on by the reload."""
 
-    way: str
-    tensors: int
-    verified: int
+    mode: Literal["direct", "reload"]
+    elements: Int[np.ndarray, " tensors"]
+    read: Int[np.ndarray, " tensors"]
+    reason: str | None = None
 
+    @property
+    def tensors(self) -> int:
+        return len(self.elements)
 
-class ReadBack:
-    """The engine's own tensors in the checkpoint's form and dtype. Left out are those that it does not hold as a whole.
-    A dtype that holds more than the published one loses nothing on the way back. What lies in the engine as it was
-    published is read in place, and where that is, is found once."""
+    @property
+    def verified(self) -> int:
+        """Tensors of which all workers together were found to hold every element."""
+        return int((self.read >= self.elements).sum())
 
-    def __init__(self, plan: Mapping[str, list[Copy]], entries: Sequence[Entry]):
-        self.plan, self.lines = plan, [entry[:3] for entry in entries]
-        in_place: list[tuple[int, Tensor]] = []
-        self._others: list[int] = []
-        for number, entry in enumerate(entries):
-            dtype, copies = getattr(torch, entry.dtype), plan.get(entry.name, ())
-            wholes = [copy.target for copy in copies if copy.whole]  # several where experts are held more than once
-            if wholes and all(target.dtype == dtype and target.is_contiguous() for target in wholes):
-                in_place += [(number, target) for target in wholes]
-            elif copies:
-                self._others.append(number)
-        self._numbers = [number for number, _ in in_place]
-        self._reading = Reading([target for _, target in in_place])
-
-    @torch.no_grad()
-    def fingerprints(self) -> list[tuple[int, int]]:
-        """(place among the entries, fingerprint of what the engine holds)."""
-        pairs = [(number, tensor) for number in self._others for tensor in self._turned(*self.lines[number])]
-        found = zip((n for n, _ in pairs), fingerprints([tensor for _, tensor in pairs]), strict=True)
-        held = [number % (1 << 64) for number in self._reading().tolist()]
-        return [*found, *zip(self._numbers, held, strict=True)]
-
-    def differing(self, entries: Sequence[Entry]) -> tuple[int, list[str]]:
-        """As the function of this name; `entries` are those that this was made for, with other fingerprints."""
-        found = self.fingerprints()
-        wrong = [entries[at].name for at, number in sorted(found) if number != entries[at].fingerprint]
-        return len({at for at, _ in found}), list(dict.fromkeys(wrong))
-
-    def _turned(self, name: str, shape: tuple[int, ...], dtype_name: str) -> Iterator[Tensor]:
-        """A tensor that the engine holds in another dtype or in parts."""
-        copies, dtype = self.plan[name], getattr(torch, dtype_name)
-        wholes = [copy for copy in copies if copy.whole]
-        for copy in wholes:
-            yield copy.target.to(dtype)
-        if not wholes:
-            covered = torch.zeros(shape, dtype=torch.bool)
-            tensor = torch.empty(shape, dtype=dtype, device=copies[0].target.device)
-            for copy in copies:
-                copy.part(covered).fill_(True)
-                copy.part(tensor).copy_(copy.target)
-            if covered.all():
-                yield tensor
+    @staticmethod
+    def by_all(workers: Sequence[Installed]) -> Installed:
+        """How the update came into the engine of these workers."""
+        read = np.stack([worker.read for worker in workers])
+        return Installed(
+            "direct" if all(worker.mode == "direct" for worker in workers) else "reload",
+            workers[0].elements,
+            np.where((read == UNREAD).any(0), UNREAD, read.sum(0)),
+            "; ".join(dict.fromkeys(worker.reason for worker in workers if worker.reason)) or None,
+        )
 
 
-def differing(plan: Mapping[str, list[Copy]], entries: Sequence[Entry]) -> tuple[int, list[str]]:
-    """How many tensors could be read back, and the names of those that are not what was published."""
-    return ReadBack(plan, entries).differing(entries)
+@dataclass(frozen=True)
+class Answer:
+    """What became of an update in one worker. Workers answer errors, never raise them: vLLM reads no further than the
+    first one, and would take what the others said for answers to its next question."""
+
+    installed: Installed | None = None
+    error: str | None = None
+    corrupt: bool = False
+
+
+def keep_installer(worker: Any, expected: ExpectedWeights) -> None:
+    """Called once in every worker."""
+    worker.rlzero_installer = Installer(worker, expected)
+
+
+def install(worker: Any, source: WeightUpdate | Weights) -> Answer:
+    """Called in every worker with the same update, or tensors at hand."""
+    installer: Installer = worker.rlzero_installer
+    try:
+        update = isinstance(source, WeightUpdate)
+        with closing(receive(source, installer.receivers) if update else at_hand(source)) as weights:
+            weights.start()  # before anything else can fail: no other receiver waits for this one
+            return Answer(installer.install(weights))
+    except Exception as error:
+        log.exception("the update failed in a worker")
+        return Answer(error=f"{type(error).__name__}: {error}", corrupt=isinstance(error, CorruptWeights))
+
+
+class Installer:
+    """Brings updates into the models of one worker. `direct` None: updates are copied once one by reload has verified
+    that copies are right; False: always the reload, for the `reason`."""
+
+    def __init__(self, worker: Any, expected: ExpectedWeights):
+        self.worker, self.expected = worker, expected
+        self.receivers: dict[type, Any] = {}
+        self.direct: bool | None = None
+        self.reason: str | None = None
+        self.shards: Shards | None = None
+        runner = worker.model_runner
+        if runner.device.type == "cpu":
+            self.direct = False  # its kernels repack
+        elif getattr(runner, "eplb_state", None) is not None:
+            self._stay("load balancing moves experts between the GPUs, so that no place stays theirs")
+
+    def install(self, weights: Received) -> Installed:
+        """Installs a complete set. Raises CorruptWeights, naming the tensors, when the worker then holds something else
+        than was sent, and ValueError for a set that is incomplete or does not fit."""
+        specs = [spec for spec in weights.specs if spec.name in self.expected.shapes]
+        elements = np.array([int(np.prod(spec.shape)) for spec in specs], np.int64)
+        buckets = self.expected.checked_buckets(weights.buckets())
+        if self.direct:
+            self.direct = None  # an update that fails is followed by a reload, which verifies again
+            read = self._copied(buckets, specs, weights)
+            self.direct = True
+            return Installed("direct", elements, read)
+        plan = self._attempt(lambda: self._plan(specs)) if self.direct is None else None
+        before = Shards(plan, specs) if plan is not None else None
+        reload(self.worker, _passing(buckets, before))
+        read = self._attempt(lambda: self._verified(before, specs, weights)) if before is not None else None
+        return Installed("reload", elements, np.full(len(specs), UNREAD) if read is None else read, self.reason)
+
+    def _copied(self, buckets: Iterator[Tensors], specs: Sequence[TensorSpec], weights: Received) -> np.ndarray:
+        if self.shards.lines != [spec[:3] for spec in specs]:  # the plan is made by name and shape
+            self.shards = Shards(self.shards.plan, specs)
+        for bucket in _arriving(buckets, self.shards):
+            copy_weights(self.shards.plan, bucket)
+        runner = self.worker.model_runner
+        for model in served_models(runner):
+            refresh_derived(model, runner.model_config.dtype)
+        read, wrong = self.shards.compared(weights.sent)
+        if wrong:
+            raise CorruptWeights(f"after the update the engine holds other weights than were sent: {few(wrong)}")
+        return read
+
+    def _plan(self, specs: Sequence[TensorSpec]) -> dict[str, list[Copy]]:
+        runner = self.worker.model_runner
+        plan: dict[str, list[Copy]] = {}
+        for model in served_models(runner):
+            for name, copies in planned(model, runner.model_config, self.expected.shapes, specs).items():
+                plan.setdefault(name, []).extend(copies)
+        return plan
+
+    def _verified(self, before: Shards, specs: Sequence[TensorSpec], weights: Received) -> np.ndarray:
+        """Called with the update in the models, brought there by vLLM. `before` has seen the tensors arrive."""
+        runner = self.worker.model_runner
+        plan = self._plan(specs)  # the reload may have put parameters elsewhere
+        if not same_shards(before.plan, plan):
+            raise CannotPlan("its loaders take other shards of the weights than before the reload")
+        for model in served_models(runner):
+            read_where_loaded(model, runner.model_config)
+        shards = before.moved(plan, specs)
+        read, wrong = shards.compared(weights.sent)
+        if wrong:
+            raise CannotPlan(
+                f"this worker keeps shards of {len(wrong)} of {len(plan)} tensors in another form or dtype than they "
+                f"were sent in ({few(wrong)})"
+            )
+        self.direct, self.shards = True, shards
+        return read
+
+    def _attempt(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None where it fails, and then updates stay with the reload, which does without."""
+        try:
+            return work()
+        except CannotPlan as error:
+            self._stay(str(error))
+        except Exception as error:
+            log.exception("direct updates could not be prepared")
+            self._stay(f"{type(error).__name__}: {error}")
+        return None
+
+    def _stay(self, reason: str) -> None:
+        self.direct, self.reason = False, reason
+        log.warning("weights go through vLLM's reload_weights, which is slower: %s", reason)
+
+
+def _arriving(buckets: Iterator[Tensors], shards: Shards) -> Iterator[Tensors]:
+    shards.begin()
+    for bucket in buckets:
+        shards.arrived(bucket)
+        yield bucket
+
+
+def _passing(buckets: Iterator[Tensors], shards: Shards | None) -> Iterator[tuple[str, Tensor]]:
+    for bucket in buckets if shards is None else _arriving(buckets, shards):
+        yield from bucket
+
+
+def few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+# ---- vLLM's reload, and what it derives from weights ----
 
 
 def reload(worker: Any, weights: Weights) -> None:
-    """vLLM's own way."""
+    """vLLM's own layerwise reload."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
@@ -214,12 +324,12 @@ def served_models(runner: Any) -> list[torch.nn.Module]:
 
 
 def planned(
-    model: torch.nn.Module, config: Any, shapes: Mapping[str, tuple[int, ...]], entries: Sequence[Entry]
+    model: torch.nn.Module, config: Any, shapes: Mapping[str, tuple[int, ...]], specs: Sequence[TensorSpec]
 ) -> dict[str, list[Copy]]:
-    """The copies that the model's loaders make of these published tensors. Raises CannotPlan."""
+    """The copies that the model's loaders make of the tensors of an update. Raises CannotPlan."""
     if config.quantization is None:
         return plan_copies(model.load_weights, shapes)
-    dtypes = {entry.name: getattr(torch, entry.dtype) for entry in entries}
+    dtypes = {spec.name: getattr(torch, spec.dtype) for spec in specs}
     with checkpoint_form(model):
         plan = plan_copies(model.load_weights, shapes, dtypes)
     if left := unwritten(plan, model):
@@ -232,80 +342,3 @@ def read_where_loaded(model: torch.nn.Module, config: Any) -> None:
     if config.quantization is not None:
         bind_scales(model)
     refresh_derived(model, config.dtype)
-
-
-class Installer:
-    """Brings updates into the model of one worker in this process. `direct` None: goes directly once the first update
-    has shown that it is right; False: always vLLM's way."""
-
-    def __init__(self, worker: Any, shapes: Mapping[str, tuple[int, ...]], direct: bool | None = None):
-        self.worker, self.shapes = worker, shapes
-        self.direct = direct if worker.model_runner.device.type == "cuda" else False
-        self.plan: dict[str, list[Copy]] = {}
-        self._read_back: ReadBack | None = None
-
-    def install(self, weights: Weights, manifest: Manifest | None) -> Installed:
-        """Installs a complete set. Raises CorruptWeights when the engine then holds something else than was
-        published, naming the tensors."""
-        runner = self.worker.model_runner
-        counted = _Counted(weights)
-        way = "direct" if self.direct else "reload"
-        if self.direct:
-            copy_weights(self.plan, counted)
-            for part in served_models(runner):
-                refresh_derived(part, runner.model_config.dtype)
-        else:
-            reload(self.worker, counted)
-            if self.direct is None and manifest is not None:
-                self._decide(manifest)
-        verified, wrong = self.differing(manifest) if self.direct and manifest else (0, [])
-        if wrong:
-            raise CorruptWeights(f"after the update the engine holds other weights than were published: {few(wrong)}")
-        return Installed(way, counted.count, verified)
-
-    def differing(self, manifest: Manifest) -> tuple[int, list[str]]:
-        """See the function of this name."""
-        held = self._read_back
-        if held is None or held.plan is not self.plan or held.lines != [entry[:3] for entry in manifest.entries]:
-            self._read_back = held = ReadBack(self.plan, manifest.entries)
-        return held.differing(manifest.entries)
-
-    def _decide(self, manifest: Manifest) -> None:
-        """Called with the published weights in the models, brought there by vLLM."""
-        self.direct = False
-        runner = self.worker.model_runner
-        try:
-            plan: dict[str, list[Copy]] = {}
-            for model in served_models(runner):
-                for name, copies in planned(model, runner.model_config, self.shapes, manifest.entries).items():
-                    plan.setdefault(name, []).extend(copies)
-                read_where_loaded(model, runner.model_config)
-            self.plan = plan
-        except CannotPlan as error:
-            log.warning("weights go through vLLM's reload_weights, which is slower: %s", error)
-            return
-        verified, other = self.differing(manifest)
-        placed = len({entry.name for entry in manifest.entries} & self.plan.keys())
-        self.direct = not other and verified == placed
-        if not self.direct:
-            log.warning(
-                "weights go through vLLM's reload_weights, which is slower: this engine keeps %d of %d tensors in "
-                "another form or dtype than they were published in (%s) and %d in parts",
-                len(other), placed, few(other), placed - verified,
-            )  # fmt: skip
-
-
-class _Counted:
-    """Passes tensors on and counts them."""
-
-    def __init__(self, weights: Weights):
-        self.weights, self.count = weights, 0
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for pair in self.weights:
-            self.count += 1
-            yield pair
-
-
-def few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

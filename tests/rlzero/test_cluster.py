@@ -230,7 +230,7 @@ def test_a_run_joins_a_cluster_and_works_on_both_of_its_nodes(two_nodes, write_c
         async def publish(self, version: int) -> None:
             await super().publish(version)
             if not actors:
-                worker = await self.fleet.workers[0].call("ping", deadline_s=30)
+                worker = await self.pool.workers[0].call("ping", deadline_s=30)
                 actors.extend([await self.trainer.call("pid"), worker["pid"]])
                 placed.extend(home for pid in actors for home in homes if pid in {p.pid for p in _family(home)})
 

@@ -13,7 +13,7 @@ from rlzero.report.log import read_lines
 from rlzero.rl.groups import Graded, Group
 from rlzero.rl.metrics import RolloutStats
 from rollout.engine import Prompt, Rollout
-from rollout.transport.disk import DiskTransport
+from rollout.transport.transports import Transport
 from trainer.optimizer import OptimizerOptions
 from trainer.policy import PolicyOptions
 
@@ -42,11 +42,10 @@ def test_without_speculation_nothing_is_said_of_it():
 
 
 @pytest.mark.parametrize("mtp", [False, True])
-def test_prediction_layers_are_published_for_engines_that_draft_with_them(tmp_path, mtp):
+def test_prediction_layers_are_sent_to_engines_that_draft_with_them(mtp):
     made = TrainerActor(0)
     made.open(PolicyOptions(init=V3, dtype="float32"), OptimizerOptions(), device="cpu")
-    transport = DiskTransport(tmp_path)
-    names = {entry.name for entry in transport.manifest(made.publish(transport, 1, mtp)).entries}
+    names = {spec.name for spec in made.prepare_weights(Transport("ipc", (1,)), 1, mtp).specs}
     assert ("model.layers.2.eh_proj.weight" in names) is mtp and "model.layers.1.mlp.gate.weight" in names
 
 

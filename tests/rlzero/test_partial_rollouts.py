@@ -19,7 +19,7 @@ from rlzero.rl import rollouts as writer
 from rlzero.rl import run as run_module
 from rollout.engine import Request, Rollout
 from rollout.torch.engine import TorchEngine
-from rollout.transport.disk import read_folder
+from trainer.checkpoint.folder import FolderReader
 
 from .conftest import Train
 from .recorded_run import RecordedRun, SlowCluster
@@ -157,13 +157,13 @@ def replay(run: RecordedRun, written: Rollout) -> Rollout:
     """`written` again, in an engine of this process that is given each version after the tokens of the one before."""
     (first, _), *_ = written.versions
     engine = TorchEngine(run.config.policy.path, cache="expanded")
-    engine.update(read_folder(policy(run, first)), first)
+    engine.update(FolderReader(policy(run, first)), first)
     engine.submit([Request(written.prompt_id, written.sample, written.prompt_tokens, run.sampling)])
     done = 1  # the first step reads the prompt, samples a token, and then another
     for (_, count), (following, _) in zip(written.versions, written.versions[1:], strict=False):
         for _ in range(count - done):
             assert engine.completed(timeout_s=0.0) == []
-        engine.update(read_folder(policy(run, following)), following)
+        engine.update(FolderReader(policy(run, following)), following)
         done = 0
     (again,) = engine.completed()
     return again

@@ -34,7 +34,6 @@ def on_gpu(write_config, tmp_path):
         ({"staleness": 1, "dp": 5, "workers": 4}, "colocated", "ipc", "would have 9 GPUs"),
         ({"cluster.placement": "disaggregated"}, "disaggregated", "nccl", "asked for"),
         ({"cluster.placement": "colocated", "staleness": 1}, "colocated", "ipc", "asked for"),
-        ({"transport": "disk"}, "colocated", "disk", "staleness 0"),
     ],
 )
 def test_what_placement_auto_comes_to_on_eight_gpus(on_gpu, changes, kind, transport, reason):
@@ -45,7 +44,7 @@ def test_what_placement_auto_comes_to_on_eight_gpus(on_gpu, changes, kind, trans
 def test_on_a_cpu_every_process_has_a_place_of_its_own(write_config, tmp_path):
     config = Config.load(write_config(tmp_path, **{"parallel.dp": 2, "rollout.workers": 2}))
     placed = plan(config)
-    assert (placed.choice.kind, placed.choice.transport) == ("disaggregated", "object_store")
+    assert (placed.choice.kind, placed.choice.transport) == ("disaggregated", "nccl")
     assert placed.bundles == [{"CPU": 1.0}] * 4 and placed.rank_of_worker == [0, 0]
 
 

@@ -73,13 +73,13 @@ def test_the_weights_of_two_ranks_travel_while_they_are_gathered(
     class Shaken(Run):
         async def make_room(self) -> None:
             if self.version == 1:
-                os.kill((await self.fleet.workers[-1].call("ping", deadline_s=30))["pid"], signal.SIGKILL)
+                os.kill((await self.pool.workers[-1].call("ping", deadline_s=30))["pid"], signal.SIGKILL)
             await super().make_room()
 
     async def go() -> None:
         async with Shaken(config, resume=False) as run:
             await loop.train(run)
-            assert run.fleet.restarts == 1
+            assert run.pool.restarts == 1
 
     asyncio.run(go())
     assert_same_metrics(config.run_dir, finished, range(3))

@@ -143,7 +143,7 @@ def open_run(config: Path) -> Run:
 async def some_open(run: Run, worker: int) -> None:
     """Waits until the worker has requests in hand."""
     async with asyncio.timeout(60):
-        while not run.fleet.open[worker]:
+        while not run.pool.open[worker]:
             await asyncio.sleep(0.005)
 
 
@@ -151,7 +151,7 @@ def ids(groups: list[Group]) -> list[tuple[str, int]]:
     return [(rollout.prompt_id, rollout.sample) for group in groups for rollout in group.rollouts]
 
 
-@pytest.mark.parametrize("transport", ["object_store", "ipc", "nccl"])
+@pytest.mark.parametrize("transport", ["ipc", "nccl"])
 def test_a_killed_worker_comes_back_with_current_weights_and_answers_everything_once(
     transport, local_ray, write_config, tmp_path
 ):
@@ -164,7 +164,7 @@ def test_a_killed_worker_comes_back_with_current_weights_and_answers_everything_
             samples = loop.to_samples(graded, run.config.algorithm)
             await run.trainer.call("step", loop.minibatches(samples, run.config))
             await run.publish(version=1)
-            victim = (await run.fleet.workers[1].call("ping", deadline_s=30))["pid"]
+            victim = (await run.pool.workers[1].call("ping", deadline_s=30))["pid"]
 
             prompts = run.prompts.take(20)
             writing = asyncio.create_task(run.writer.all("1.0", prompts, 3, run.sampling))
@@ -172,11 +172,11 @@ def test_a_killed_worker_comes_back_with_current_weights_and_answers_everything_
             os.kill(victim, signal.SIGKILL)
             groups = await writing
 
-            assert run.fleet.restarts == 1
+            assert run.pool.restarts == 1
             assert ids(groups) == [(f"1.0/{p.id}", s) for p in prompts for s in range(3)]
             assert all(version == 1 for g in groups for r in g.rollouts for version, _ in r.versions)
             assert all(r.tokens and len(g.scores) == 3 for g in groups for r in g.rollouts)
-            answer = await run.fleet.workers[1].call("ping", deadline_s=30)
+            answer = await run.pool.workers[1].call("ping", deadline_s=30)
             assert answer["pid"] != victim and answer["version"] == 1
             await run.check_agreement(version=1)  # raises where the new engine holds other weights than the trainer
 
@@ -187,8 +187,7 @@ def test_a_killed_worker_comes_back_with_current_weights_and_answers_everything_
 def test_a_worker_killed_while_the_trainer_works_waits_for_the_next_weights(
     transport, local_ray, write_config, tmp_path
 ):
-    """These transports read the trainer's own memory, in which a step is changing the weights: there is no version to
-    give to the new worker before the step's end."""
+    """A step is changing the trainer's weights: there is no version to give to the new worker before the step's end."""
     changes = {"staleness": 1, "loss.correction": "tis", "rollout.workers": 2, "rollout.transport": transport}
     config = write_config(tmp_path, **changes, **{"data.evaluation": None, "evaluation.every": 0})
 
@@ -196,19 +195,19 @@ def test_a_worker_killed_while_the_trainer_works_waits_for_the_next_weights(
         async with open_run(config) as run:
             graded = await loop.collect(run, 0)
             batches = loop.minibatches(loop.to_samples(graded, run.config.algorithm), run.config)
-            victim = (await run.fleet.workers[1].call("ping", deadline_s=30))["pid"]
+            victim = (await run.pool.workers[1].call("ping", deadline_s=30))["pid"]
             await run.make_room()
             writing = asyncio.create_task(run.writer.all("1.0", run.prompts.take(20), 3, run.sampling))
             await some_open(run, 1)
             os.kill(victim, signal.SIGKILL)
             async with asyncio.timeout(60):
-                while not run.fleet.bare:
+                while not run.pool.needs_weights:
                     await asyncio.sleep(0.05)
             await run.trainer.call("step", batches)
-            assert run.fleet.bare == {1} and run.fleet.open[1] and not writing.done()
+            assert run.pool.needs_weights == {1} and run.pool.open[1] and not writing.done()
             await run.publish(version=1)  # raises where an engine then holds other weights than the trainer
             groups = await writing
-            assert not run.fleet.bare and run.fleet.restarts == 1
+            assert not run.pool.needs_weights and run.pool.restarts == 1
             late = [r for g in groups[1::2] for r in g.rollouts if 0 not in dict(r.versions)]
             assert late and all(r.versions == [(1, len(r.tokens))] for r in late)
 
@@ -220,7 +219,7 @@ def test_a_hung_worker_is_named_within_the_deadline(local_ray, write_config, tmp
 
     async def go() -> float:
         async with open_run(config) as run:
-            pid = (await run.fleet.workers[0].call("ping", deadline_s=30))["pid"]
+            pid = (await run.pool.workers[0].call("ping", deadline_s=30))["pid"]
             os.kill(pid, signal.SIGSTOP)
             began_s = time.monotonic()
             try:
@@ -251,19 +250,24 @@ def test_a_hung_trainer_is_named_within_the_deadline(local_ray, write_config, tm
     assert 3.5 < asyncio.run(go()) < 25.0
 
 
-def test_a_trainer_that_dies_between_publishing_and_receiving_counts_as_a_dead_trainer(
-    local_ray, write_config, tmp_path
+@pytest.mark.parametrize("transport", ["ipc", "nccl"])
+def test_a_trainer_that_dies_before_it_sends_its_weights_counts_as_a_dead_trainer(
+    transport, local_ray, write_config, tmp_path
 ):
-    config = write_config(tmp_path, **{"data.evaluation": None, "evaluation.every": 0})
+    changes = {"rollout.transport": transport, "data.evaluation": None, "evaluation.every": 0}
+    config = write_config(tmp_path, **changes)
 
     async def go() -> None:
         async with open_run(config) as run:
-            trainer = psutil.Process(await run.trainer.call("pid"))
-            handle = await run.trainer.call("publish", run.handover.transport, 1)
-            trainer.kill()
-            trainer.wait(10)
+            trainer, update = psutil.Process(await run.trainer.call("pid")), run.pool.update
+
+            async def killing(updates: list) -> None:
+                trainer.kill()
+                trainer.wait(10)
+                await update(updates)
+
+            run.pool.update = killing
             with pytest.raises(TrainerDied):
-                await run.fleet.update([handle], 1)
-                await run.check_agreement(1)
+                await run.publish(version=1)
 
     asyncio.run(go())

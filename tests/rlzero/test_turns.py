@@ -27,7 +27,7 @@ class WatchedRun(Run):
     async def make_room(self) -> None:
         await super().make_room()
         try:
-            await self.fleet.score(self.probe[:1], 1.0)
+            await self.pool.score(self.probe[:1], 1.0)
         except EngineUnusable as error:
             assert "asleep" in str(error)
             self.refused += 1
@@ -51,7 +51,7 @@ def test_sleeping_engines_and_shared_buffers_change_no_number(local_ray, write_c
         assert [line[name] for line in lines[0]] == [line[name] for line in lines[1]], name
 
 
-@pytest.mark.parametrize("transport", ["object_store", "ipc"])
+@pytest.mark.parametrize("transport", ["nccl", "ipc"])
 def test_a_worker_that_dies_asleep_comes_back_when_the_trainer_has_made_room(
     transport, local_ray, write_config, tmp_path
 ):
@@ -62,17 +62,17 @@ def test_a_worker_that_dies_asleep_comes_back_when_the_trainer_has_made_room(
     async def go() -> None:
         async with Run(config, resume=False) as run:
             graded = await loop.collect(run, 0)
-            pids = [(await worker.call("ping", deadline_s=30))["pid"] for worker in run.fleet.workers]
+            pids = [(await worker.call("ping", deadline_s=30))["pid"] for worker in run.pool.workers]
             os.kill(pids[1], signal.SIGKILL)
             psutil.Process(pids[1]).wait(10)
             await run.make_room()  # tells a dead worker to sleep
             batches = loop.minibatches(loop.to_samples(graded, config.algorithm), config)
             await run.trainer.call("step", batches)
             os.kill(pids[0], signal.SIGKILL)  # and this one dies while it sleeps
-            assert run.fleet.restarts == 0 and run.fleet.asleep
+            assert run.pool.restarts == 0 and run.pool.asleep
             await run.publish(version=1)  # raises where an engine then holds other weights than the trainer
-            assert run.fleet.restarts == 2
-            answers = [await worker.call("ping", deadline_s=30) for worker in run.fleet.workers]
+            assert run.pool.restarts == 2
+            answers = [await worker.call("ping", deadline_s=30) for worker in run.pool.workers]
             assert [answer["version"] for answer in answers] == [1, 1]
             groups = await run.writer.all("1.0", run.prompts.take(4), 2, run.sampling)
             assert all(r.versions == [(1, len(r.tokens))] for g in groups for r in g.rollouts)

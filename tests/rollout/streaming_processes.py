@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
-from rollout.transport.base import fingerprint
-from rollout.transport.buckets import Window
-from rollout.transport.ipc import IpcTransport
-from rollout.transport.nccl import NcclTransport
+from rollout.transport.buckets import BucketViews
+from rollout.transport.checksum import checksum
+from rollout.transport.ipc import IpcReceiver, IpcSender
+from rollout.transport.nccl import NcclReceiver, NcclSender
 from rollout.transport.payload import Payload
 
 V3 = {
@@ -71,45 +71,45 @@ class TrainerRank:
 
         self.ranks = Ranks(ParallelOptions(dp=2, ep=ep), torch.device("cpu"), Rendezvous(rank, address))
         self.policy: Any = None
-        self.transport: Any = None
+        self.sender: Any = None
 
-    def use(self, kind: str, timeout_s: float, engines: int, payload: Payload = None) -> None:
+    def use(self, kind: str, timeout_s: float, receivers: int, payload: Payload = None) -> None:
         """From now on weights travel this way."""
-        if self.transport is not None:
-            self.transport.close()
-        ipc, rest = kind == "ipc", {"timeout_s": timeout_s, "engines": engines, "payload": payload}
-        self.transport = IpcTransport(SMALL, **rest) if ipc else NcclTransport(bucket_bytes=SMALL, **rest)
+        if self.sender is not None:
+            self.sender.close()
+        cpu, rest = torch.device("cpu"), {"bucket_bytes": SMALL, "timeout_s": timeout_s}
+        if kind == "ipc":
+            self.sender = IpcSender(cpu, receivers, payload, **rest)
+        else:
+            self.sender = NcclSender(cpu, receivers, payload, self.ranks.rank, **rest)
 
-    def offer(self, version: int) -> Any:
+    def prepare(self, version: int) -> Any:
         """Weights drawn anew for each version."""
         from trainer.parallel.sharded_policy import load_sharded_policy
         from trainer.policy import PolicyOptions
 
         self.policy = load_sharded_policy(PolicyOptions(**OPTIONS), self.ranks, seed=version)
-        layout = self.policy.layout()
-        if isinstance(self.transport, IpcTransport):
-            return self.transport.offer(layout, version)
-        return self.transport.offer(layout, version, self.policy.owners(), self.ranks.rank)
+        return self.sender.prepare(self.policy.layout(), version, self.policy.owners())
 
     def send(self, damaged: int | None = None) -> float:
-        """Seconds that it took. A byte of bucket `damaged` changes behind its fingerprints' back."""
-        ipc = isinstance(self.transport, IpcTransport)
+        """Seconds that it took. A byte of bucket `damaged` changes behind its checksums' back."""
+        ipc = isinstance(self.sender, IpcSender)
         began_s = time.monotonic()
-        honest, count = Window.numbers, 0
+        honest, count = BucketViews.checksums, 0
 
-        def numbers(window: Window, bucket, out=None):
+        def damaging(views: BucketViews, bucket, out=None):
             nonlocal count
-            found = honest(window, bucket, out)
+            found = honest(views, bucket, out)
             if count == damaged:
-                window.buffer[0] ^= 1
+                views.buffer[0] ^= 1
             count += 1
             return found
 
-        Window.numbers = numbers
+        BucketViews.checksums = damaging
         try:
-            self.transport.send(self.policy.weights() if ipc else self.policy.owned_weights())
+            self.sender.send(self.policy.weights() if ipc else self.policy.owned_weights())
         finally:
-            Window.numbers = honest
+            BucketViews.checksums = honest
         return time.monotonic() - began_s
 
 
@@ -117,22 +117,20 @@ class EngineEnd:
     """Receives, and says what arrived."""
 
     def __init__(self):
-        self.transport: Any = None
+        self.receiver: Any = None
 
-    def use(self, kind: str, timeout_s: float, engines: int) -> None:
+    def use(self, kind: str, timeout_s: float) -> None:
         """From now on weights come this way."""
-        if self.transport is not None:
-            self.transport.close()
-        self.transport = IpcTransport(timeout_s=timeout_s) if kind == "ipc" else NcclTransport(engines)
-        self.transport.timeout_s = timeout_s
+        if self.receiver is not None:
+            self.receiver.close()
+        self.receiver = (IpcReceiver if kind == "ipc" else NcclReceiver)(timeout_s)
 
-    def receive(self, handle: Any, dies_after: int | None = None) -> dict[str, int]:
-        """Fingerprints of what arrived, taken here; the process dies after so many tensors."""
-        arrived, found = self.transport.receive(handle), {}
+    def receive(self, update: Any, dies_after: int | None = None) -> dict[str, int]:
+        """Checksums of what arrived, taken here; the process dies after so many tensors."""
+        arrived, found = self.receiver.receive(update), {}
         for name, tensor in arrived:
             if len(found) == dies_after:
                 os._exit(1)
-            found[name] = fingerprint(tensor)
-        assert {entry.name: entry.fingerprint for entry in arrived.manifest.entries} == found
-        assert arrived.manifest.version == handle.manifest.version
+            found[name] = checksum(tensor)
+        assert {spec.name: spec.checksum for spec in arrived.sent} == found
         return found

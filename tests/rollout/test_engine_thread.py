@@ -14,9 +14,9 @@ import torch
 from rollout.engine import EngineUnusable, Request, Rollout, Sampling, generate
 from rollout.engine_thread import EngineThread
 from rollout.torch.engine import TorchEngine
-from rollout.transport.disk import read_folder
 from rollout.worker import make_engine
 from trainer.checkpoint import hf
+from trainer.checkpoint.folder import FolderReader
 from trainer.model.v3 import V3Model
 from trainer.model.v3_config import V3Config
 
@@ -100,7 +100,7 @@ def test_an_update_passes_a_completed_that_waits(thread, folder):
     began_s = time.monotonic()
     thread.call(lambda engine: None).result(10)
     wait_s = time.monotonic() - began_s
-    thread.call(lambda engine: engine.update(read_folder(folder), 3)).result(10)
+    thread.call(lambda engine: engine.update(FolderReader(folder), 3)).result(10)
     assert waiting.is_alive() and wait_s < 0.5
     waiting.join(60)
     found += finish(thread)

@@ -4,7 +4,7 @@ stand in one process where the device does not matter: CUDA opens no handle in t
 from __future__ import annotations
 
 import pickle
-import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,20 +12,23 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from rollout.transport.base import CorruptWeights, fingerprint, fingerprints, layout_of
-from rollout.transport.ipc import IpcTransport
+from rollout.transport.base import CorruptWeights, layout_of
+from rollout.transport.checksum import checksum, checksums
+from rollout.transport.ipc import IpcReceiver, IpcSender
+from tests.rollout.sending import delivered, received, sending
 
 pytestmark = pytest.mark.timeout(120)
 
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+CPU = torch.device("cpu")
 SMALL = 4096  # bytes a bucket: the tensors below take many
 
 
 @pytest.fixture
-def transport():
-    transport = IpcTransport(SMALL, timeout_s=20.0)
-    yield transport
-    transport.close()
+def sender() -> Iterator[IpcSender]:
+    sender = IpcSender(CPU, bucket_bytes=SMALL, timeout_s=20.0)
+    yield sender
+    sender.close()
 
 
 def weights(seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
@@ -39,117 +42,101 @@ def weights(seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in made.items()}
 
 
-def received(transport: IpcTransport, handle) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in transport.receive(handle)}
-
-
 def same(found: dict[str, Tensor], sent: dict[str, Tensor]) -> bool:
     return list(found) == list(sent) and all(torch.equal(found[n].cpu(), sent[n].cpu()) for n in sent)
 
 
-def engine_process(pipe, device: str) -> None:
-    """An engine's end in a process of its own: answers every handle with the fingerprints of what arrived."""
-    transport = IpcTransport(timeout_s=20.0)
-    while (handle := pipe.recv()) is not None:
-        found = received(transport, handle)
-        pipe.send({name: fingerprint(tensor) for name, tensor in found.items()})
-    transport.close()
+def engine_process(pipe) -> None:
+    """An engine's end in a process of its own: answers every update with the checksums of what arrived."""
+    receiver = IpcReceiver(timeout_s=20.0)
+    while (update := pipe.recv()) is not None:
+        pipe.send({name: checksum(tensor) for name, tensor in received(receiver, update).items()})
+    receiver.close()
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_another_process_receives_every_bit_sync_after_sync(transport, device):
+def test_another_process_receives_every_bit_sync_after_sync(device):
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=engine_process, args=(there, device), daemon=True)
+    process = context.Process(target=engine_process, args=(there,), daemon=True)
     process.start()
+    sender = IpcSender(torch.device(device), bucket_bytes=SMALL, timeout_s=60.0)
+
+    def take(update) -> dict[str, int]:
+        here.send(pickle.loads(pickle.dumps(update)))
+        assert here.poll(60)
+        return here.recv()
+
     for version in (1, 2, 3):
         sent = weights(version, device)
-        here.send(pickle.loads(pickle.dumps(transport.publish(sent.items(), version))))
-        assert here.poll(60)
-        assert here.recv() == {name: fingerprint(tensor) for name, tensor in sent.items()}
+        assert delivered(sender, sent.items(), take, version) == {n: checksum(tensor) for n, tensor in sent.items()}
     here.send(None)
     process.join(20)
     assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_device_finds_the_same_fingerprints(device):
+def test_every_device_finds_the_same_checksums(device):
     torch.manual_seed(0)
     shapes = [(1,), (3,), (7, 5), (128, 33), (1 << 18,), (3, 100_000)]
     dtypes = [torch.float32, torch.bfloat16, torch.uint8, torch.int64]
     made = [(torch.randn(shape) * 50).abs().to(dtype) for shape in shapes for dtype in dtypes]
     made += [made[-1].flatten()[3:4099], made[-4].T]  # begins off a word; not contiguous
-    assert fingerprints([tensor.to(device) for tensor in made]) == [fingerprint(tensor) for tensor in made]
-    assert len({fingerprint(tensor) for tensor in made}) == len(made)
+    assert checksums([tensor.to(device) for tensor in made]) == [checksum(tensor) for tensor in made]
+    assert len({checksum(tensor) for tensor in made}) == len(made)
 
 
-def test_several_engines_receive_one_publication(transport):
-    sent = weights()
-    handle = transport.publish(sent.items(), 1)
-    for _ in range(3):
-        other = IpcTransport()
-        assert same(received(other, handle), sent)
-        other.close()
+def test_several_engines_receive_one_update():
+    sender, sent = IpcSender(CPU, receivers=3, bucket_bytes=SMALL), weights()
+    with ThreadPoolExecutor(3) as pool, sending(sender, sent.items()) as (update, done):
+        found = list(pool.map(lambda receiver: received(receiver, update), [IpcReceiver() for _ in range(3)]))
+    done.result()
+    assert all(same(one, sent) for one in found)
 
 
-def test_buffers_stay_bounded_and_the_same_from_sync_to_sync(transport):
-    handle = transport.publish(weights(1).items(), 1)
-    received(transport, handle)
-    before = [(buffer.number, len(buffer.window.buffer)) for buffer in transport._server._buffers]
-    assert len(before) == 2 and all(size == 1 << 20 for _, size in before)
-    for version in (2, 3):
-        received(transport, transport.publish(weights(version).items(), version))
-    assert [(buffer.number, len(buffer.window.buffer)) for buffer in transport._server._buffers] == before
+def test_buffers_stay_bounded_and_the_same_from_sync_to_sync(sender):
+    receiver, held = IpcReceiver(), []
+    for version in (1, 2, 3):
+        delivered(sender, weights(version).items(), lambda update: received(receiver, update), version)
+        held.append([(buffer.id, len(buffer.views.buffer)) for buffer in sender._buffers])
+    assert len(held[0]) == 2 and all(size == 1 << 20 for _, size in held[0])
+    assert held[0] == held[1] == held[2] and set(receiver._mapped) == {name for name, _ in held[0]}
 
 
-def test_weights_that_change_under_the_sync_are_named(transport):
-    sent = weights()
-    handle = transport.publish(sent.items(), 1)
-    sent["layer.7.weight"][3, 3] += 1
-    with pytest.raises(CorruptWeights, match=r"layer\.7\.weight has fingerprint"):
-        received(transport, handle)
+def test_an_update_that_a_newer_one_replaced_is_refused(sender):
+    old = sender.prepare(layout_of(weights().items()), 1)
+    with sending(sender, weights(2).items(), 2) as (new, done):
+        with pytest.raises(CorruptWeights, match="the trainer that prepared them is gone"):
+            received(IpcReceiver(), old)
+        assert same(received(IpcReceiver(), new), weights(2))
+    done.result()
 
 
-def test_what_fits_into_the_buffers_is_a_copy_of_its_own():
-    transport, sent = IpcTransport(), weights()
-    expected = {name: tensor.clone() for name, tensor in sent.items()}
-    handle = transport.publish(sent.items(), 1)
-    sent["layer.7.weight"].zero_()  # the trainer goes on
-    assert same(received(transport, handle), expected)
-    transport.close()
-
-
-def test_an_older_publication_is_refused_by_its_version(transport):
-    old = transport.publish(weights(1).items(), 1)
-    new = transport.publish(weights(2).items(), 2)
-    with pytest.raises(CorruptWeights, match="version 1 is no longer offered; the newest is 2"):
-        received(transport, old)
-    assert same(received(transport, new), weights(2))
-
-
-def test_an_engine_that_gives_up_midway_does_not_hold_the_trainer(transport):
-    incoming = transport.receive(transport.publish(weights(1).items(), 1))
-    next(incoming)
-    incoming.close()
+def test_an_engine_that_gives_up_midway_does_not_hold_the_trainer(sender):
+    with sending(sender, weights(1).items()) as (update, done):
+        incoming = IpcReceiver().receive(update)
+        next(iter(incoming))
+        incoming.close()
+        with pytest.raises(RuntimeError, match="version 1 of the weights reached 0 of 1 engines: one hung up"):
+            done.result(20)
     sent = weights(2)
-    assert same(received(transport, transport.publish(sent.items(), 2)), sent)
+    assert same(delivered(sender, sent.items(), lambda update: received(IpcReceiver(), update), 2), sent)
 
 
-def test_a_trainer_that_is_gone_is_an_error_that_says_so(transport):
-    handle = transport.publish(weights(1).items(), 1)
-    transport.close()
-    with pytest.raises((ConnectionError, CorruptWeights)):
-        received(IpcTransport(), handle)
+def test_a_trainer_that_is_gone_is_an_error_that_says_so(sender):
+    update = sender.prepare(layout_of(weights().items()), 1)
+    sender.close()
+    with pytest.raises(CorruptWeights, match="the trainer that prepared them is gone"):
+        received(IpcReceiver(), update)
 
 
 def test_floats_travel_as_the_payload_but_the_routers_bias_as_it_is():
-    transport = IpcTransport(SMALL, payload=torch.bfloat16)
+    sender = IpcSender(CPU, payload=torch.bfloat16, bucket_bytes=SMALL)
     sent = {name: t.float() if t.is_floating_point() else t for name, t in weights().items()}
-    found = received(transport, transport.publish(sent.items(), 1))
+    found = delivered(sender, sent.items(), lambda update: received(IpcReceiver(), update))
     for name, tensor in sent.items():
         keep = name in ("gate.e_score_correction_bias", "odd")
         assert torch.equal(found[name], tensor if keep else tensor.bfloat16()), name
-    transport.close()
 
 
 def failing():
@@ -157,43 +144,19 @@ def failing():
     raise RuntimeError("the gather broke")
 
 
-def test_a_gather_that_fails_reaches_the_engine_and_the_trainer(transport):
-    handle = transport.offer(layout_of(weights().items()), 1, torch.device("cpu"))
+def test_a_gather_that_fails_reaches_the_engine_and_the_trainer(sender):
+    update = sender.prepare(layout_of(weights().items()), 1)
     with ThreadPoolExecutor(1) as pool:
-        arriving = pool.submit(received, IpcTransport(timeout_s=20.0), handle)
+        arriving = pool.submit(received, IpcReceiver(timeout_s=20.0), update)
         with pytest.raises(RuntimeError, match="the gather broke"):
-            transport.send(failing())
+            sender.send(failing())
         with pytest.raises(CorruptWeights, match="RuntimeError while sending: the gather broke"):
             arriving.result(20)
 
 
-def test_other_weights_than_were_offered_are_refused(transport):
-    sent = weights()
-    transport.offer(layout_of(sent.items()), 1, torch.device("cpu"))
-    transport.engines = 0
+def test_other_weights_than_were_prepared_are_refused():
+    sender, sent = IpcSender(CPU, receivers=0, bucket_bytes=SMALL), weights()
+    sender.prepare(layout_of(sent.items()), 1)
     sent["layer.3.weight"] = sent["layer.3.weight"].float()
     with pytest.raises(ValueError, match=r"layer\.3\.weight \(19, 24\) torch.float32 came where layer\.3\.weight"):
-        transport.send(sent.items())
-
-
-def test_weights_in_fp8_pass_with_their_scales_as_they_are(transport):
-    """What a process passes on that received FP8 itself: nothing is quantized again."""
-    weight = torch.randn(256, 128).to(torch.float8_e4m3fn)
-    sent = {"a.weight": weight, "a.weight_scale_inv": torch.rand(2, 1), "b.weight": torch.randn(4, 4)}
-    for version in (1, 2):
-        handle = transport.offer(layout_of(sent.items()), version, torch.device("cpu"))
-        with ThreadPoolExecutor(1) as pool:
-            arriving = pool.submit(received, IpcTransport(timeout_s=20.0), handle)
-            transport.send(sent.items())
-            found = arriving.result(20)
-        assert list(found) == list(sent) and fingerprints([*found.values()]) == fingerprints([*sent.values()])
-        assert transport.sent() == fingerprints([*sent.values()])
-
-
-def test_engines_that_nobody_awaits_any_more_are_not_waited_for(transport):
-    sent = weights()
-    transport.offer(layout_of(sent.items()), 1, torch.device("cpu"))
-    begun_s = time.monotonic()
-    with pytest.raises(RuntimeError, match="reached 0 of 1 engines: one ended and had not come"):
-        transport.send(sent.items(), awaited=lambda: time.monotonic() < begun_s + 0.3)
-    assert time.monotonic() - begun_s < 10
+        sender.send(sent.items())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rollout.engine import Request, Rollout, Sampling, generate
 from rollout.probe import logprob_diff
-from rollout.transport.ipc import IpcTransport
+from rollout.transport.ipc import IpcSender
 from tests.rollout.test_vllm_engine import DTYPE, VOCAB, finish, install, near, save_tokenizer
 from tests.rollout.vllm_process import ON_GPU, Engines, EngineUnderTest, started
 from trainer.checkpoint import hf
@@ -96,18 +96,19 @@ def engines(policy) -> Iterator[Engines]:
 
 
 @pytest.fixture(scope="module")
-def transport() -> Iterator[IpcTransport]:
-    transport = IpcTransport(64 << 10, payload=getattr(torch, DTYPE))
-    yield transport
-    transport.close()
+def sender() -> Iterator[IpcSender]:
+    device = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
+    sender = IpcSender(device, payload=getattr(torch, DTYPE), bucket_bytes=64 << 10)
+    yield sender
+    sender.close()
 
 
 @pytest.fixture
-def engine(engines, policy, transport):
+def engine(engines, policy, sender):
     speculative = {"method": "mtp", "num_speculative_tokens": 1}
     options = {"return_routed_experts": True} if ON_GPU else {}
     engine = engines.get("mtp", DTYPE, speculative_config=speculative, **options)
-    install(engine, transport, weights(policy[0]), 0)
+    install(engine, sender, weights(policy[0]), 0)
     yield engine
     for rollout in engine.interrupt():
         raise AssertionError(f"a test left request {rollout.id} running")
@@ -191,7 +192,7 @@ def test_acceptance_is_what_the_policy_and_its_prediction_layer_make_likely(engi
     assert acceptance(rollouts) == pytest.approx(expected_acceptance(policy[0], rollouts), abs=0.04)
 
 
-def test_updates_reach_the_draft(engine, policy, transport):
+def test_updates_reach_the_draft(engine, policy, sender):
     """A prediction layer that was made useless, and mended again; the policy itself stays."""
     model, folder = policy
     useless = hf.load_folder(folder, torch.float32)
@@ -202,15 +203,15 @@ def test_updates_reach_the_draft(engine, policy, transport):
     if ON_GPU:
         useless.to(torch.bfloat16).float()
     good = acceptance(generate(engine, requests()))
-    install(engine, transport, weights(useless), 1)
+    install(engine, sender, weights(useless), 1)
     rollouts = generate(engine, requests())
     assert near(differences(model, rollouts))
     assert acceptance(rollouts) < 0.1 < good
-    install(engine, transport, weights(model), 2)
+    install(engine, sender, weights(model), 2)
     assert acceptance(generate(engine, requests())) > good - 0.05
 
 
-def test_updates_reach_the_policy_under_the_draft(engine, policy, transport):
+def test_updates_reach_the_policy_under_the_draft(engine, policy, sender):
     other = hf.load_folder(policy[1], torch.float32)
     generator = torch.Generator().manual_seed(2)
     for _, tensor in hf.named_checkpoint_tensors(other):
@@ -219,9 +220,9 @@ def test_updates_reach_the_policy_under_the_draft(engine, policy, transport):
     if ON_GPU:
         other.to(torch.bfloat16).float()
     for version in (3, 4):
-        installed = install(engine, transport, weights(other), version)
+        installed = install(engine, sender, weights(other), version)
         if ON_GPU:  # read back from the served model and from the draft
-            assert installed.way == "direct" and installed.verified == installed.tensors == len(weights(other))
+            assert installed.mode == "direct" and installed.verified == installed.tensors == len(weights(other))
         rollouts = generate(engine, requests())
         assert near(differences(other, rollouts)) and differences(policy[0], rollouts)["mean_abs"] > 0.02
         assert acceptance(rollouts) == pytest.approx(expected_acceptance(other, rollouts), abs=0.08)

@@ -26,7 +26,7 @@ from rollout.engine import Request, Sampling, generate
 from rollout.torch import sampler
 from rollout.torch.engine import EngineUnusable, TorchEngine
 from rollout.torch.native import library
-from rollout.transport.disk import read_folder
+from trainer.checkpoint.folder import FolderReader
 
 VOCAB = 97
 YARN = {
@@ -144,13 +144,13 @@ def test_other_causal_models_sleep_and_take_updates(tmp_path, name):
     make_small(tmp_path / "a", config, model, **changes)
     other = make_small(tmp_path / "b", config, model, seed=1, **changes)
     engine = TorchEngine(tmp_path / "a", max_batch=5)
-    engine.update(read_folder(tmp_path / "b"), version=1)
+    engine.update(FolderReader(tmp_path / "b"), version=1)
     engine.sleep()
     assert not list(engine.decoder.weights())
     engine.wake()
     assert_matches(other, generate(engine, requests(2, 2)), 2e-5)
     with pytest.raises(ValueError, match="missing: model.norm.weight"):
-        engine.update(((n, t) for n, t in read_folder(tmp_path / "b") if n != "model.norm.weight"), version=2)
+        engine.update(((n, t) for n, t in FolderReader(tmp_path / "b") if n != "model.norm.weight"), version=2)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -274,7 +274,7 @@ def test_versions_say_which_policy_sampled_each_token(folder):
     engine.submit(asked)
     for _ in range(3):
         engine._step()
-    engine.update(read_folder(folder), version=4)
+    engine.update(FolderReader(folder), version=4)
     rollouts = []
     while len(rollouts) < 2:
         rollouts += engine.completed()
@@ -291,7 +291,7 @@ def test_running_requests_keep_the_old_cache_over_an_update(folder, tmp_path):
     engine.submit([asked])
     for _ in range(4):
         engine._step()
-    engine.update(read_folder(tmp_path), version=1)
+    engine.update(FolderReader(tmp_path), version=1)
     (mixed,) = engine.completed()
     scored = fresh.score([[*mixed.prompt_tokens, *mixed.tokens]])[0][-5:]
     assert np.abs(scored - np.array(mixed.logprobs[-5:])).max() > 1e-3  # old keys and values, new weights
@@ -302,13 +302,13 @@ def test_after_an_update_the_engine_is_a_fresh_engine_on_the_new_weights(folder,
     add_tokenizer(tmp_path)
     engine = TorchEngine(folder)
     generate(engine, requests())
-    engine.update(read_folder(tmp_path), version=1)
+    engine.update(FolderReader(tmp_path), version=1)
     assert generate(engine, requests()) == generate(TorchEngine(tmp_path, version=1), requests())
 
 
 def test_weights_given_to_an_update_may_change_afterwards(folder):
     engine = TorchEngine(folder)
-    weights = dict(read_folder(folder))
+    weights = dict(FolderReader(folder))
     engine.update(weights.items(), version=1)
     before = engine.score([[4, 5, 6, 7]])[0]
     for tensor in weights.values():
@@ -319,7 +319,7 @@ def test_weights_given_to_an_update_may_change_afterwards(folder):
 @pytest.mark.parametrize("fault", ["stops", "missing", "shape", "unexpected"])
 def test_a_failed_update_poisons_until_a_full_one_succeeds(folder, fault):
     engine = TorchEngine(folder)
-    weights = dict(read_folder(folder))
+    weights = dict(FolderReader(folder))
     if fault == "missing":
         del weights["model.norm.weight"], weights["model.layers.1.mlp.experts.3.up_proj.weight"]
     if fault == "shape":
@@ -343,7 +343,7 @@ def test_a_failed_update_poisons_until_a_full_one_succeeds(folder, fault):
     for call in (lambda: engine.submit(requests()), engine.completed, lambda: engine.score([[1, 2]]), engine.interrupt):
         with pytest.raises(EngineUnusable, match="update to version 1"):
             call()
-    engine.update(read_folder(folder), version=2)
+    engine.update(FolderReader(folder), version=2)
     assert generate(engine, requests(1, 1))[0].versions == [(2, 12)]
 
 
@@ -492,6 +492,6 @@ def test_truncation_draws_within_the_set_and_reports_the_whole_distribution():
 
 def test_broken_weights_are_an_error_not_a_token(folder):
     engine = TorchEngine(folder)
-    engine.update(((name, tensor * float("nan")) for name, tensor in read_folder(folder)), version=1)
+    engine.update(((name, tensor * float("nan")) for name, tensor in FolderReader(folder)), version=1)
     with pytest.raises(FloatingPointError, match="p0/0 are not finite"):
         generate(engine, requests(1, 1))

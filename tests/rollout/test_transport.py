@@ -1,9 +1,8 @@
-"""Every transport delivers the bits that were published, or names the tensor that it did not."""
+"""Every transport delivers the bits that were sent, or names the tensor that it did not."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+import threading
 
 import numpy as np
 import pytest
@@ -11,29 +10,26 @@ import ray
 import torch
 
 from rollout.torch.engine import EngineUnusable, TorchEngine
-from rollout.transport.base import CorruptWeights, Manifest, changed, describe, fingerprint
-from rollout.transport.disk import DiskTransport
-from rollout.transport.ipc import IpcTransport
-from rollout.transport.object_store import ObjectStoreTransport
+from rollout.transport.base import CorruptWeights, at_hand
+from rollout.transport.buckets import BucketViews
+from rollout.transport.checksum import checksum
+from rollout.transport.transports import Transport, receive
+from tests.rollout.sending import delivered, sending
 from trainer.checkpoint.hf import named_checkpoint_tensors, save_folder
 from trainer.model.v3 import V3Model
 from trainer.model.v3_config import V3Config
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-TRANSPORTS = ["disk", "object_store", "object_store_in_small_buckets", "ipc", "ipc_in_small_buckets"]
 
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request, tmp_path):
-    if request.param == "disk":
-        yield DiskTransport(tmp_path, file_bytes=3000)
-    elif request.param.startswith("object_store"):
-        yield ObjectStoreTransport(256 << 20 if request.param == "object_store" else 1024)
-    else:
-        transport = IpcTransport(256 << 20 if request.param == "ipc" else 1024, timeout_s=20.0)
-        yield transport
-        transport.close()
+@pytest.fixture(params=["ipc", "ipc in small buckets", "nccl", "nccl in small buckets"])
+def sender(request):
+    sender = Transport(request.param.split()[0], (1,)).sender(0, torch.device("cpu"), "127.0.0.1")
+    sender.timeout_s = 20.0
+    if "small" in request.param:
+        sender.bucket_bytes = 1024
+    yield sender
+    sender.close()
 
 
 def tensors(seed=0):
@@ -50,128 +46,48 @@ def tensors(seed=0):
     }
 
 
-def test_a_round_trip_keeps_every_bit(transport):
+def test_a_round_trip_keeps_every_bit(sender):
     sent = tensors()
-    handle = transport.publish(sent.items(), version=3)
-    assert transport.manifest(handle).version == 3
-    received = {name: t.clone() for name, t in transport.receive(handle)}
-    assert list(received) == list(sent)
+    found = delivered(sender, sent.items(), lambda update: {n: t.clone() for n, t in receive(update, {})}, version=3)
+    assert list(found) == list(sent)
     for name, tensor in sent.items():
-        assert received[name].dtype == tensor.dtype and received[name].shape == tensor.shape
-        assert received[name].contiguous().view(-1).view(torch.uint8).equal(
-            tensor.contiguous().view(-1).view(torch.uint8)
-        )
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert found[name].contiguous().view(-1).view(torch.uint8).equal(tensor.contiguous().view(-1).view(torch.uint8))
 
 
-def test_handles_reach_another_process(transport):
-    handle = transport.publish(tensors().items(), version=1)
-
+def test_updates_reach_another_process(sender):
     @ray.remote
-    def fingerprints(transport, handle):
-        return {name: fingerprint(t) for name, t in transport.receive(handle)}
+    def checksums(update):
+        return {name: checksum(tensor) for name, tensor in receive(update, {})}
 
-    assert ray.get(fingerprints.remote(transport, handle)) == {name: fingerprint(t) for name, t in tensors().items()}
-
-
-def test_a_damaged_file_names_the_tensor(tmp_path):
-    transport = DiskTransport(tmp_path)
-    handle = transport.publish(tensors().items(), version=0)
-    file = tmp_path / "version-0" / "weights-00000.safetensors"
-    data = bytearray(file.read_bytes())
-    header = int.from_bytes(data[:8], "little")
-    start = json.loads(data[8 : 8 + header])["half"]["data_offsets"][0]
-    data[8 + header + start + 1001] ^= 4
-    file.write_bytes(data)
-    with pytest.raises(CorruptWeights, match="half has fingerprint"):
-        list(transport.receive(handle))
+    found = delivered(sender, tensors().items(), lambda update: ray.get(checksums.remote(update)))
+    assert found == {name: checksum(tensor) for name, tensor in tensors().items()}
 
 
-def test_a_truncated_file_names_a_tensor(tmp_path):
-    transport = DiskTransport(tmp_path)
-    handle = transport.publish(tensors().items(), version=0)
-    file = tmp_path / "version-0" / "weights-00000.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CorruptWeights, match="matrix cannot be read"):
-        list(transport.receive(handle))
-
-
-def test_a_damaged_object_names_the_tensor():
-    transport = ObjectStoreTransport()
-    handle = transport.publish(tensors().items(), version=0)
-    (bucket,) = (ray.get(ref).copy() for ref in handle.buckets)
-    bucket[70] ^= 1
-    with pytest.raises(CorruptWeights, match="matrix has fingerprint"):
-        list(transport.receive(replace(handle, buckets=(ray.put(bucket),))))
-
-
-def test_missing_buckets_name_the_tensor():
-    transport = ObjectStoreTransport(1024)
-    handle = transport.publish(tensors().items(), version=0)
-    with pytest.raises(CorruptWeights, match="the buckets end before large"):
-        list(transport.receive(replace(handle, buckets=handle.buckets[:-1])))
-
-
-def test_objects_stay_within_the_bucket_size():
-    handle = ObjectStoreTransport(1024).publish(tensors().items(), version=0)
-    assert max(ray.get(ref).nbytes for ref in handle.buckets) <= 1024
-
-
-def test_receiving_on_the_same_node_copies_nothing():
-    transport = ObjectStoreTransport()
-    handle = transport.publish([("a", torch.zeros(1 << 16))], version=0)
-    (bucket,) = (ray.get(ref) for ref in handle.buckets)
-    ((_, tensor),) = transport.receive(handle)
-    assert tensor.data_ptr() == bucket.ctypes.data
-
-
-def test_an_unfinished_publication_leaves_the_previous_one(tmp_path):
-    transport = DiskTransport(tmp_path)
-    handle = transport.publish(tensors().items(), version=0)
-
-    def dies():
-        yield from list(tensors(1).items())[:3]
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space"):
-        transport.publish(dies(), version=1)
-    assert not (tmp_path / "version-1").exists()
-    assert len(list(transport.receive(handle))) == len(tensors())
-
-
-def test_old_versions_are_removed(tmp_path):
-    transport = DiskTransport(tmp_path, keep=2)
-    for version in (8, 9, 10, 11):
-        transport.publish(tensors().items(), version)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["version-10", "version-11"]
+def test_tensors_at_hand_are_described_as_those_that_arrive():
+    weights = at_hand(tensors().items())
+    weights.start()
+    assert [(name, checksum(tensor)) for name, tensor in weights] == [(s.name, s.checksum) for s in weights.sent]
+    assert [spec[:3] for spec in weights.sent] == [spec[:3] for spec in weights.specs]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_any_single_changed_element_changes_the_fingerprint(dtype):
+def test_any_single_changed_element_changes_the_checksum(dtype):
     tensor = torch.arange(300).to(dtype)
-    original = fingerprint(tensor)
+    original = checksum(tensor)
     seen = {original}
     for i in range(300):
         other = tensor.clone()
         other[i] = other[i] + 1 if dtype != torch.bfloat16 else other[i] * 2 + 1
-        seen.add(fingerprint(other))
+        seen.add(checksum(other))
     assert len(seen) == 301
-    assert fingerprint(tensor.flip(0)) != original and fingerprint(tensor[:-1]) != original
+    assert checksum(tensor.flip(0)) != original and checksum(tensor[:-1]) != original
 
 
-def test_fingerprints_do_not_depend_on_layout_in_memory():
+def test_checksums_do_not_depend_on_layout_in_memory():
     matrix = torch.randn(20, 30)
     padded = torch.cat([torch.zeros(1), matrix.flatten()])[1:].view(20, 30)
-    assert fingerprint(padded) == fingerprint(matrix) == fingerprint(matrix.T.contiguous().T)
-
-
-def test_changed_names_what_differs_and_what_is_missing():
-    sent = tensors()
-    manifest = Manifest(0, tuple(describe(n, t) for n, t in sent.items()))
-    assert changed(manifest, sent.items()) == []
-    held = dict(sent, matrix=sent["matrix"] + 1e-3)
-    del held["half"]
-    assert changed(manifest, held.items()) == ["matrix", "half"]
-    assert np.isclose(float(held["scalar"]), 3.5)
+    assert checksum(padded) == checksum(matrix) == checksum(matrix.T.contiguous().T)
 
 
 # from the trainer's model into an engine
@@ -199,26 +115,31 @@ def engine(tmp_path):
     return TorchEngine(tmp_path / "model", cache="expanded")
 
 
-def test_published_weights_make_the_engine_agree_with_the_trainer(transport, engine):
+def test_sent_weights_make_the_engine_agree_with_the_trainer(sender, engine):
     model, tokens = V3Model(CONFIG).init_weights(7), [5, 9, 33, 2, 60, 17, 17, 8]
     assert np.abs(engine.score([tokens])[0][1:] - trainer_logprobs(model, tokens)).mean() > 1e-2
-    handle = transport.publish(named_checkpoint_tensors(model), version=1)
-    engine.update(transport.receive(handle), version=1)
+    sent = dict(named_checkpoint_tensors(model))
+    delivered(sender, sent.items(), lambda update: engine.update(update, version=1))
+    assert engine.version == 1
     assert np.abs(engine.score([tokens])[0][1:] - trainer_logprobs(model, tokens)).max() < 1e-5
-    manifest = transport.manifest(handle)
-    held = {e.name for e in manifest.entries if ".layers.2." not in e.name}  # all but the MTP layer
-    assert set(changed(manifest, engine.weights())) == {e.name for e in manifest.entries} - held
+    held = {name: checksum(tensor) for name, tensor in engine.weights()}
+    assert held == {n: checksum(t) for n, t in sent.items() if ".layers.2." not in n}  # all but the MTP layer
 
 
-def test_weights_damaged_on_their_way_poison_the_engine(engine):
-    transport = ObjectStoreTransport(4096)
-    handle = transport.publish(named_checkpoint_tensors(V3Model(CONFIG).init_weights(7)), version=1)
-    bucket = ray.get(handle.buckets[3]).copy()
-    bucket[100] ^= 1
-    damaged = replace(handle, buckets=(*handle.buckets[:3], ray.put(bucket), *handle.buckets[4:]))
-    with pytest.raises(CorruptWeights, match=r"model\.layers\.\d.* has fingerprint"):
-        engine.update(transport.receive(damaged), version=1)
-    with pytest.raises(EngineUnusable, match="damaged: model.layers"):
+def test_weights_damaged_on_their_way_poison_the_engine_until_whole_ones_arrive(sender, engine, monkeypatch):
+    sent, honest = list(named_checkpoint_tensors(V3Model(CONFIG).init_weights(7))), BucketViews.checksums
+
+    def damaging(views, bucket, out=None):
+        found = honest(views, bucket, out)
+        if threading.current_thread() is not threading.main_thread():  # at the sender's end
+            views.buffer[100] ^= 1
+        return found
+
+    monkeypatch.setattr(BucketViews, "checksums", damaging)
+    with sending(sender, sent) as (update, _), pytest.raises(CorruptWeights, match=r"model\..* has checksum"):
+        engine.update(update, version=1)
+    monkeypatch.undo()
+    with pytest.raises(EngineUnusable, match="damaged: model"):
         engine.score([[1, 2]])
-    engine.update(transport.receive(handle), version=2)
-    assert engine.score([[1, 2]])[0][1] < 0
+    delivered(sender, sent, lambda update: engine.update(update, version=2), version=2)
+    assert engine.version == 2 and engine.score([[1, 2]])[0][1] < 0

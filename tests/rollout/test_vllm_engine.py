@@ -21,12 +21,14 @@ from torch import Tensor
 
 from rollout.engine import Request, Rollout, Sampling, generate
 from rollout.probe import logprob_diff, probe_sequences
-from rollout.transport.base import describe_all
+from rollout.transport.base import describe
 from rollout.transport.expected_weights import ExpectedWeights
-from rollout.transport.ipc import IpcTransport
+from rollout.transport.ipc import IpcSender
 from rollout.vllm.copies import copy_weights, plan_copies
 from rollout.vllm.engine import check_release, request_seed
-from rollout.vllm.install import Installed, differing
+from rollout.vllm.install import Installed
+from rollout.vllm.shards import Shards
+from tests.rollout.sending import delivered
 from tests.rollout.vllm_process import CONTEXT, ON_GPU, Engines
 
 pytestmark = [pytest.mark.timeout(170), *([pytest.mark.gpu] if ON_GPU else [])]  # there all of it is about the GPU
@@ -136,7 +138,7 @@ class Reference:
             scores.append(np.concatenate([[0.0], chosen]))
         return scores
 
-    def gap(self, rollouts: list[Rollout], temperature: float = 1.0) -> dict[str, float]:
+    def logprob_diff(self, rollouts: list[Rollout], temperature: float = 1.0) -> dict[str, float]:
         """The engine's log-probabilities of its own completions against these."""
         scores = self.score([[*r.prompt_tokens, *r.tokens] for r in rollouts], temperature)
         ours = [s[len(r.prompt_tokens) :] for r, s in zip(rollouts, scores, strict=True)]
@@ -186,16 +188,17 @@ def engine(engines, reference):
 
 
 @pytest.fixture(scope="module")
-def transport() -> Iterator[IpcTransport]:
-    transport = IpcTransport(64 << 10, payload=getattr(torch, DTYPE))
-    yield transport
-    transport.close()
+def sender() -> Iterator[IpcSender]:
+    device = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
+    sender = IpcSender(device, payload=getattr(torch, DTYPE), bucket_bytes=64 << 10)
+    yield sender
+    sender.close()
 
 
-def install(engine, transport: IpcTransport, weights: Weights, version: int) -> Installed:
+def install(engine, sender: IpcSender, weights: Weights, version: int) -> Installed:
     """The way of a real sync, from the device that trains."""
-    there = {name: tensor.to("cuda" if ON_GPU else "cpu") for name, tensor in weights.items()}
-    return engine.take(transport.publish(there.items(), version), version)
+    there = {name: tensor.to(sender.device) for name, tensor in weights.items()}
+    return delivered(sender, there.items(), engine.take, version)
 
 
 SEQUENCES = probe_sequences(VOCAB, without=(0, 1, 2))
@@ -261,17 +264,17 @@ def test_prompts_read_in_chunks_have_the_noise_of_prompts_read_at_once(engines):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_update_reaches_every_kind_of_weight(engine, reference, transport, family):
+def test_update_reaches_every_kind_of_weight(engine, reference, sender, family):
     before = reference.score(SEQUENCES)
     for version in (1, 2):  # twice: the second update starts from repacked weights
         weights = perturbed(reference.weights, FAMILIES[family], seed=100 * version + len(family))
         reference.load(weights)
         expected = reference.score(SEQUENCES)
         assert logprob_diff(before, expected)["mean_abs"] > 5e-3, "the noise must be visible, or the test shows nothing"
-        installed = install(engine, transport, weights, version)
+        installed = install(engine, sender, weights, version)
         assert installed.tensors == len(weights)
         if ON_GPU and version == 2:  # the first may have been the one that vLLM installed to show how it is right
-            assert installed.way == "direct" and installed.verified == len(weights)
+            assert installed.mode == "direct" and installed.verified == len(weights)
         assert near(logprob_diff(engine.score(SEQUENCES), expected))
         rollouts = generate(engine, requests())
         assert near(reference.gap(rollouts, temperature=0.7))  # decoding reads other copies than scoring
@@ -290,11 +293,18 @@ def direct_installation(worker, old: Weights, new: Weights) -> dict:
     copy_weights(plan, new.items())
     expected = loaded.state_dict()
     wrong = [name for name, tensor in planned.state_dict().items() if not torch.equal(tensor, expected[name])]
-    entries = describe_all(list(new.items()))
-    found = {"touched by planning": touched, "wrong": wrong, "read back": differing(plan, entries)}
+    specs = [describe(name, tensor) for name, tensor in new.items()]
+    shards = Shards(plan, specs)
+    shards.arrived(list(new.items()))
+
+    def read_back() -> tuple[int, list[str]]:
+        read, differing = shards.compared(specs)
+        return int((read == [tensor.numel() for tensor in new.values()]).sum()), differing
+
+    found = {"touched by planning": touched, "wrong": wrong, "read back": read_back()}
     experts = next(module for module in planned.modules() if hasattr(module, "w13_weight"))
     experts.w13_weight.data[2] = experts.w13_weight.data[2].roll(len(experts.w13_weight[2]) // 2, 0)
-    return found | {"halves of one expert swapped": differing(plan, entries)}
+    return found | {"halves of one expert swapped": read_back()}
 
 
 def fresh_model(worker):
@@ -314,7 +324,7 @@ def test_planned_copies_are_what_vllm_loads(engine, reference):
     assert found["touched by planning"] == found["wrong"] == []
     assert found["read back"] == (len(new), [])
     swapped = [f"model.layers.1.mlp.experts.2.{part}_proj.weight" for part in ("gate", "up")]
-    assert found["halves of one expert swapped"] == (len(new), swapped)
+    assert found["halves of one expert swapped"] == (len(new) - 2, swapped)
 
 
 def without(weights: Weights, name: str) -> list[tuple[str, Tensor]]:
@@ -508,7 +518,7 @@ if ON_GPU:
             assert (r.routed_experts[-1] == -1).all() and (r.routed_experts[:-1] >= 0).all()
             assert (r.routed_experts[:-1] < 8).all()
 
-    def test_fifty_turns_of_sleep_and_sync_keep_memory_where_it_was(engines, reference, transport):
+    def test_fifty_turns_of_sleep_and_sync_keep_memory_where_it_was(engines, reference, sender):
         engine = engines.get("v3", DTYPE, sleep_level=2)
         free, asleep = [], []
         for version in range(1, 51):
@@ -518,7 +528,7 @@ if ON_GPU:
             del work
             torch.cuda.empty_cache()
             engine.wake()
-            install(engine, transport, reference.weights, version)
+            install(engine, sender, reference.weights, version)
             free.append(torch.cuda.mem_get_info()[0])
         assert min(free[5:]) >= free[4] - (8 << 20) and min(asleep[5:]) >= asleep[4] - (8 << 20)
         reference.load(reference.weights)

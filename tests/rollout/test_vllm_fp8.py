@@ -30,6 +30,7 @@ def found(tmp_path_factory):
 
 def test_after_a_first_reload_fp8_weights_and_scales_go_straight_to_their_places(found):
     assert found["updates"] == [["reload", TENSORS, TENSORS], *[["direct", TENSORS, TENSORS]] * 2]
+    assert found["reasons"] == [None] * 3
 
 
 def test_absorbed_projections_are_those_of_the_dequantized_weights_after_every_update(found):
@@ -59,7 +60,7 @@ def test_an_fp8_engine_computes_with_every_set_of_weights_that_it_is_sent(tmp_pa
     run("benchmarks/weight_sync.py", "--fp8", "--cycles", "3", "--json", str(figures), timeout_s=380)
     found = json.loads(figures.read_text())
     assert found["the engine answers nothing before its first weights"] is True
-    assert [found[f"sync {i}, way"] for i in (1, 2, 3)] == ["reload", "direct", "direct"]
+    assert [found[f"sync {i}, mode"] for i in (1, 2, 3)] == ["reload", "direct", "direct"]
     verified, _, total, _ = found["sync 3, read back and equal"].split()
     assert verified == total
     for i in (1, 2, 3):

@@ -16,11 +16,10 @@ import torch
 from rollout.engine import Request, Sampling, generate
 from rollout.probe import logprob_diff, probe_sequences
 from rollout.torch.engine import TorchEngine
-from rollout.transport.disk import DiskTransport
-from rollout.transport.ipc import IpcTransport
-from rollout.transport.nccl import NcclTransport
-from rollout.transport.object_store import ObjectStoreTransport
-from rollout.worker import RolloutWorker, choose_engine, make_engine, receive
+from rollout.transport.buckets import BucketViews
+from rollout.transport.transports import Transport
+from rollout.worker import RolloutWorker, choose_engine, make_engine
+from tests.rollout.sending import delivered
 from trainer.checkpoint import hf
 from trainer.model.v3 import V3Model
 from trainer.model.v3_config import V3Config
@@ -99,43 +98,40 @@ def test_ping_tells_engine_and_threads(worker):
     assert answer["kind"] == "torch" and answer["threads"] == 2 and answer["pid"] != os.getpid()
 
 
-@pytest.mark.parametrize("transport", ["disk", "object store", "ipc", "nccl"])
-def test_update_through_a_transport_makes_the_engine_the_new_policy(worker, folder, tmp_path, transport):
-    new, version = model(7), {"disk": 11, "object store": 12, "ipc": 13, "nccl": 14}[transport]
-    senders = {
-        "disk": lambda: DiskTransport(tmp_path),
-        "object store": lambda: ObjectStoreTransport(1 << 20),
-        "ipc": lambda: IpcTransport(1 << 20),
-        "nccl": lambda: NcclTransport(1, 1 << 20),
-    }
-    sender = senders[transport]()
-    handle = sender.publish(hf.named_checkpoint_tensors(new), version)
-    assert ray.get(worker.update.remote(handle, version)) == version
-    assert logprob_diff(ray.get(worker.score.remote(SEQUENCES)), expected(folder, new))["max_abs"] < 1e-5
-    assert logprob_diff(ray.get(worker.score.remote(SEQUENCES)), expected(folder, model(0)))["mean_abs"] > 1e-2
+def update(actor, weights: V3Model, version: int, kind: str = "ipc") -> int:
+    """What the worker answers to a sync."""
+    sender = Transport(kind, (1,)).sender(0, torch.device("cpu"), "127.0.0.1")
+    named = hf.named_checkpoint_tensors(weights)
+    return delivered(sender, named, lambda update: ray.get(actor.update.remote(update)), version)
 
 
-def test_handle_of_another_version_is_refused_and_changes_nothing(worker, tmp_path):
-    before = ray.get(worker.score.remote(SEQUENCES))
-    handle = DiskTransport(tmp_path).publish(hf.named_checkpoint_tensors(model(8)), 20)
-    with pytest.raises(ValueError, match="are those of version 20, the update is to version 21"):
-        ray.get(worker.update.remote(handle, 21))
-    np.testing.assert_array_equal(np.array(ray.get(worker.score.remote(SEQUENCES))), np.array(before))
+def apart(actor, logprobs: list[np.ndarray]) -> dict[str, float]:
+    return logprob_diff(ray.get(actor.score.remote(SEQUENCES)), logprobs)
 
 
-def test_damaged_weights_poison_the_engine_until_whole_ones_arrive(worker, tmp_path):
-    transport = DiskTransport(tmp_path)
-    handle = transport.publish(hf.named_checkpoint_tensors(model(9)), 30)
-    (file,) = Path(handle).glob("*.safetensors")
-    data = bytearray(file.read_bytes())
-    data[-8] ^= 0xFF
-    file.write_bytes(data)
+@pytest.mark.parametrize(("kind", "version"), [("ipc", 13), ("nccl", 14)])
+def test_an_update_makes_the_engine_the_new_policy(worker, folder, kind, version):
+    new = model(7)
+    assert update(worker, new, version, kind) == version
+    assert apart(worker, expected(folder, new))["max_abs"] < 1e-5
+    assert apart(worker, expected(folder, model(0)))["mean_abs"] > 1e-2
+
+
+def test_damaged_weights_poison_the_engine_until_whole_ones_arrive(worker, monkeypatch):
+    honest = BucketViews.checksums
+
+    def damaging(views, bucket, out=None):
+        found = honest(views, bucket, out)
+        views.buffer[100] ^= 1
+        return found
+
+    monkeypatch.setattr(BucketViews, "checksums", damaging)
     with pytest.raises(ray.exceptions.RayTaskError, match="arrived damaged"):
-        ray.get(worker.update.remote(handle, 30))
+        update(worker, model(9), 30)
+    monkeypatch.undo()
     with pytest.raises(ray.exceptions.RayTaskError, match="update to version 30 failed"):
         ray.get(worker.score.remote(SEQUENCES))
-    whole = transport.publish(hf.named_checkpoint_tensors(model(9)), 31)
-    assert ray.get(worker.update.remote(whole, 31)) == 31
+    assert update(worker, model(9), 31) == 31
     assert len(ray.get(worker.score.remote(SEQUENCES))) == len(SEQUENCES)
 
 
@@ -152,12 +148,11 @@ def test_interrupt_and_sleep_reach_the_engine(worker):
     assert len(ray.get(worker.score.remote(SEQUENCES))) == len(SEQUENCES)
 
 
-def test_vllm_worker_takes_weights_from_the_object_store_and_leaves_no_process(actor_class, folder):
+def test_vllm_worker_takes_weights_and_leaves_no_process(actor_class, folder):
     actor = actor_class.remote("vllm", str(folder), {"dtype": "float32", "threads": 1, **SMALL_VLLM})
     new = model(3)
-    handle = ObjectStoreTransport(1 << 20).publish(hf.named_checkpoint_tensors(new), 4)
-    assert ray.get(actor.update.remote(handle, 4)) == 4
-    assert logprob_diff(ray.get(actor.score.remote(SEQUENCES)), expected(folder, new))["max_abs"] < 1e-5
+    assert update(actor, new, 4, "nccl") == 4
+    assert apart(actor, expected(folder, new))["max_abs"] < 1e-5
     ray.get(actor.submit.remote(requests()))
     rollouts = finish(actor)
     assert [r.versions for r in rollouts] == [[(4, 12)]] * 4
@@ -194,10 +189,3 @@ def test_unknown_options_are_refused_with_the_known_ones(folder):
         make_engine("torch", folder, {"max_contex": 64})
     with pytest.raises(ValueError, match="engine 'auto' is unknown"):
         make_engine("auto", folder, {})
-
-
-def test_received_tensors_are_the_published_ones(tmp_path):
-    tensors = dict(hf.named_checkpoint_tensors(model(0)))
-    handle = DiskTransport(tmp_path).publish(tensors.items(), 3)
-    received = dict(receive(handle, 3))
-    assert received.keys() == tensors.keys() and all(torch.equal(received[n], tensors[n]) for n in tensors)

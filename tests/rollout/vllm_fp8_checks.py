@@ -19,8 +19,9 @@ os.environ |= ENVIRONMENT
 import torch
 
 from rollout.transport.expected_weights import ExpectedWeights
-from rollout.transport.ipc import IpcTransport
+from rollout.transport.ipc import IpcReceiver, IpcSender
 from rollout.vllm.install import Installer, derived_weights, expert_scales
+from tests.rollout.sending import sending
 from trainer.checkpoint.hf import named_checkpoint_tensors, save_folder
 from trainer.model.v3 import V3Model
 from trainer.model.v3_config import FP8_BLOCKS, V3Config
@@ -110,17 +111,19 @@ def main(folder: Path) -> dict:
 def updated(policy: V3Model, folder: Path, runner: Runner) -> dict:
     """What three updates, each of new weights, left in the model."""
     expected = ExpectedWeights(folder, "fp8")
-    installer = Installer(type("Worker", (), {"model_runner": runner})(), expected.shapes)
-    here, there = IpcTransport(1 << 20, payload="fp8"), IpcTransport()
+    installer = Installer(type("Worker", (), {"model_runner": runner})(), expected)
+    sender = IpcSender(torch.device("cpu"), payload="fp8", bucket_bytes=1 << 20)
     held = [tensor for _, tensors in derived_weights(runner.model) for tensor in tensors.values()]
-    found: dict = {"updates": [], "apart": [], "wrong": None, "derived": len(held)}
+    found: dict = {"updates": [], "reasons": [], "apart": [], "wrong": None, "derived": len(held)}
     named = dict(named_checkpoint_tensors(policy))
     for version in (1, 2, 3):
         for tensor in named.values():
             tensor += (0.02 * torch.randn(tensor.shape)).to(tensor.dtype)
-        arrived = there.receive(here.publish(named.items(), version))
-        installed = installer.install(expected.checked(arrived), arrived.manifest)
-        found["updates"].append([installed.way, installed.tensors, installed.verified])
+        with sending(sender, named.items(), version) as (update, _):
+            arrived = IpcReceiver().receive(update)
+            installed = installer.install(arrived)
+        found["updates"].append([installed.mode, installed.tensors, installed.verified])
+        found["reasons"].append(installed.reason)
         for i, (_, derived) in enumerate(derived_weights(runner.model)):
             w = quantize_blocks(named[f"model.layers.{i}.self_attn.kv_b_proj.weight"]).dequantize().view(2, 256, 512)
             keys, values = derived["W_UK_T"].float(), derived["W_UV"].float().transpose(1, 2)
@@ -131,9 +134,9 @@ def updated(policy: V3Model, folder: Path, runner: Runner) -> dict:
     scales = [(described.scale, parameter) for described, parameter in expert_scales(runner.model)]
     found["kernels' scales"] = [kernel.data_ptr() == parameter.data_ptr() for kernel, parameter in scales]
     # One scale is damaged where the engine keeps it.
-    (copy,) = installer.plan["model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"]
+    (copy,) = installer.shards.plan["model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"]
     copy.target.mul_(2.0)
-    found["wrong"] = installer.differing(arrived.manifest)[1]
+    found["wrong"] = installer.shards.compared(arrived.sent)[1]
     return found
 
 

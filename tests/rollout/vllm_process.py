@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rollout.transport.ipc import IpcTransport
+from rollout.transport.base import WeightUpdate
 from rollout.vllm.engine import VLLMEngine
 from rollout.vllm.install import Installed
 
@@ -26,9 +26,9 @@ class EngineUnderTest(VLLMEngine):
         (answer,) = self._vllm.engine_core.collective_rpc(function, args=args)
         return answer
 
-    def take(self, handle, version: int) -> Installed:
-        """An update through shared buffers."""
-        self.update(IpcTransport().receive(handle), version)
+    def take(self, update: WeightUpdate) -> Installed:
+        """A real sync: the weights are received here."""
+        self.update(update, update.version)
         return self.installed
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd: multiplying by it modulo 2^64 loses nothing
 _SIGNED = MULTIPLIER - (1 << 64)
-_CHUNK = 1 << 20  # words summed at a time on a CPU: bounds the memory of a fingerprint
+_CHUNK = 1 << 20  # words summed at a time on a CPU: bounds the memory of a checksum
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -23,42 +23,42 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
-def fingerprint(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
     """The tensor's number, in [0, 2^64). It depends on dtype and order of the elements, not on their place in memory,
     and on the shape only through the number of elements."""
-    return fingerprints([tensor])[0]
+    return checksums([tensor])[0]
 
 
-def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
-    """`fingerprint` of each. Tensors on CUDA devices cost one launch and one synchronisation together."""
+def checksums(tensors: Sequence[Tensor]) -> list[int]:
+    """`checksum` of each. Tensors on CUDA devices cost one launch and one synchronisation together."""
     found = [0] * len(tensors)
     batches: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(tensors):
         batches.setdefault(tensor.device, []).append(i)
     for members in batches.values():
-        for i, number in zip(members, Reading([tensors[i] for i in members])().tolist(), strict=True):
+        for i, number in zip(members, Checksums([tensors[i] for i in members])().tolist(), strict=True):
             found[i] = number % (1 << 64)
     return found
 
 
-class Reading:
-    """Fingerprints of tensors (of one device) that stay where they are while their contents change: what the kernel
+class Checksums:
+    """Checksums of tensors (of one device) that stay where they are while their contents change: what the kernel
     has to be told about them is laid out once. Tensors that the kernel cannot read in place are copied here."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.tensors = [tensor.detach() for tensor in tensors]
-        self._plan: Any = None
+        self._launch: Any = None
         if self.tensors and self.tensors[0].is_cuda:
-            from rollout.transport.triton_fingerprint import Plan, readable
+            from rollout.transport.triton_checksum import Launch, readable
 
             self.tensors = [t if readable(t) else t.contiguous().clone() for t in self.tensors]
-            self._plan = Plan(self.tensors)
+            self._launch = Launch(self.tensors)
 
     def __call__(self, out: Tensor | None = None) -> Int[Tensor, " tensors"]:
         """The numbers modulo 2^64, as int64 on the tensors' device (in `out`, where it is given); on a GPU nothing
         waits for them."""
-        if self._plan is not None:
-            return self._plan(out)
+        if self._launch is not None:
+            return self._launch(out)
         sums = [(_sum_words(tensor) + tensor.numel()) % (1 << 64) for tensor in self.tensors]
         numbers = torch.tensor([n - (n >> 63 << 64) for n in sums], dtype=torch.int64)
         return numbers if out is None else out.copy_(numbers)

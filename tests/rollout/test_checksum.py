@@ -1,4 +1,4 @@
-"""The fingerprint's kernel for a GPU, interpreted on the CPU: the same numbers as the plain operations."""
+"""The checksum's kernel for a GPU, interpreted on the CPU: the same numbers as the plain operations."""
 
 import os
 import subprocess
@@ -17,18 +17,18 @@ def tensors() -> list[torch.Tensor]:
 
 
 def check() -> None:
-    from rollout.transport.fingerprint import fingerprint
-    from rollout.transport.triton_fingerprint import Plan, readable
+    from rollout.transport.checksum import checksum
+    from rollout.transport.triton_checksum import Launch, readable
 
     many = tensors()
     assert all(readable(tensor) for tensor in many)
-    assert [n % (1 << 64) for n in Plan(many)().tolist()] == [fingerprint(tensor) for tensor in many]
+    assert [n % (1 << 64) for n in Launch(many)().tolist()] == [checksum(tensor) for tensor in many]
 
 
 def test_the_kernel_finds_the_same_numbers():
     """In a process of its own: Triton reads the variable when it is imported."""
     done = subprocess.run(
-        [sys.executable, "-c", "from tests.rollout.test_fingerprint import check; check()"],
+        [sys.executable, "-c", "from tests.rollout.test_checksum import check; check()"],
         cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

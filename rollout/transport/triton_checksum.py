@@ -1,4 +1,4 @@
-"""The fingerprint's sum on a CUDA device: one launch for any number of tensors, every byte read once."""
+"""The checksum's sum on a CUDA device: one launch for any number of tensors, every byte read once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Int
 from torch import Tensor
 
-from rollout.transport.fingerprint import MULTIPLIER
+from rollout.transport.checksum import MULTIPLIER
 
 BLOCK = 1024  # words a program holds at a time
 ROUNDS = 16  # blocks a program reads: 128 KiB
@@ -49,7 +49,7 @@ def readable(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % 8 == 0
 
 
-class Plan:
+class Launch:
     """The addresses and sizes of tensors, and which program reads what of them, on their device."""
 
     def __init__(self, tensors: Sequence[Tensor]):
@@ -69,7 +69,7 @@ class Plan:
         self._pointers, self._sizes, self._counts, self._tensor_of, self._first_of = parts
 
     def __call__(self, out: Tensor | None = None) -> Int[Tensor, " tensors"]:
-        """Fingerprints as int64, modulo 2^64 (in `out`, where it is given), in the order of the current stream."""
+        """Checksums as int64, modulo 2^64 (in `out`, where it is given), in the order of the current stream."""
         total = len(self._tensor_of)
         sums = torch.empty(total, dtype=torch.int64, device=self.device)
         if total:

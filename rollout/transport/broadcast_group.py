@@ -1,56 +1,56 @@
-"""The process group of one sending rank and the engines, outside torch's global ones (rollout.transport.nccl)."""
+"""The process group of one sending rank and its receivers, outside torch's global ones (rollout.transport.nccl)."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_POLL_S = 0.00005
+_MEETING_POLL_S = 0.001
+_FINISH_POLL_S = 0.00005
 
 
-class Group:
-    """The sender is rank 0. Both ends raise RuntimeError where the other does not take part within `timeout_s`."""
+class BroadcastGroup:
+    """The sender is rank 0. It hosts the store at which the others meet it, at an address of its node, so receivers may
+    be on other hosts. Both ends raise RuntimeError where the other does not take part within `timeout_s`."""
 
-    def __init__(self, store: Any, rank: int, size: int, backend: str, meeting: str, timeout_s: float):
-        self.backend, self.meeting, self.timeout_s = backend, meeting, timeout_s
-        self._store, self._rank, self._size = store, rank, size
+    def __init__(
+        self, store: Any, rank: int, size: int, backend: str, store_address: str, own_host: str, timeout_s: float
+    ):
+        self.backend, self.store_address, self.timeout_s = backend, store_address, timeout_s
+        self._store, self._rank, self._size, self._own_host = store, rank, size, own_host
         self._members: Any = None
 
     @staticmethod
-    def host(engines: int, backend: str, host: str | None, timeout_s: float) -> Group:
-        """The sender's end of a new group. It meets the others at a file, or at host:port."""
-        size = 1 + engines
-        if host is None:
-            handle, meeting = tempfile.mkstemp(prefix="rlzero-weights-")
-            os.close(handle)
-            Path(meeting).unlink()  # the store makes it, and removes it with its last member
-            store = dist.FileStore(meeting, size)
-        else:
-            store = dist.TCPStore(host, 0, size, True, timedelta(seconds=timeout_s), wait_for_workers=False)
-            meeting = f"{host}:{store.port}"
-        return Group(store, 0, size, backend, meeting, timeout_s)
+    def host(receivers: int, backend: str, host: str, timeout_s: float) -> BroadcastGroup:
+        """The sender's end of a new group, whose store listens at `host` alone."""
+        listening = socket.create_server((host, 0))
+        port, size = listening.getsockname()[1], 1 + receivers
+        limit = timedelta(seconds=timeout_s)
+        store = dist.TCPStore(
+            host, port, size, True, limit, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
+        return BroadcastGroup(store, 0, size, backend, f"{host}:{port}", host, timeout_s)
 
     @staticmethod
-    def join(meeting: str, engines: int, backend: str, timeout_s: float) -> Group | None:
-        """An engine's end of the group that meets there; None where all its places are taken."""
-        size = 1 + engines
-        host, _, port = meeting.rpartition(":")
-        if host:
-            store = dist.TCPStore(host, int(port), size, False, timedelta(seconds=timeout_s))
-        else:
-            store = dist.FileStore(meeting, size)
-        rank = store.add("engines", 1)
-        return None if rank > engines else Group(store, rank, size, backend, meeting, timeout_s)
+    def join(store_address: str, receivers: int, backend: str, timeout_s: float) -> BroadcastGroup | None:
+        """A receiver's end of the group that meets there; None where all its places are taken."""
+        host, _, port = store_address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout_s) as there:
+            own_host = there.getsockname()[0]  # the interface that leads to the sender
+        store = dist.TCPStore(host, int(port), 1 + receivers, False, timedelta(seconds=timeout_s))
+        rank = store.add("receivers", 1)
+        if rank > receivers:
+            return None
+        return BroadcastGroup(store, rank, 1 + receivers, backend, store_address, own_host, timeout_s)
 
     def meet(self) -> Any:
         """Torch's group, made when the first broadcast begins and everybody has come: NCCL would wait for ever."""
@@ -70,17 +70,19 @@ class Group:
                 options._timeout = timedelta(seconds=2 * self.timeout_s)
                 self._members = dist.ProcessGroupNCCL(self._store, self._rank, self._size, options)
         else:
-            timeout = timedelta(seconds=self.timeout_s)
-            self._members = dist.ProcessGroupGloo(self._store, self._rank, self._size, timeout)
+            options = dist.ProcessGroupGloo._Options()
+            options._timeout = timedelta(seconds=self.timeout_s)
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._own_host)]
+            self._members = dist.ProcessGroupGloo(self._store, self._rank, self._size, options)
         return self._members
 
     def _absent(self, until_s: float) -> list[str]:
-        """Who has not come at `until_s`; an engine only needs the sender (and is waited for by it)."""
+        """Who has not come at `until_s`; a receiver only needs the sender (and is waited for by it)."""
         awaited = [f"here {rank}" for rank in range(self._size) if rank != self._rank and 0 in (rank, self._rank)]
         while awaited := [key for key in awaited if not self._store.check([key])]:
             if time.monotonic() > until_s:
                 break
-            time.sleep(_POLL_S)
+            time.sleep(_MEETING_POLL_S)
         return awaited
 
     def broadcast(self, buffer: Tensor) -> Any:
@@ -101,7 +103,7 @@ class Group:
             if time.monotonic() > until_s:
                 self.abort()
                 raise RuntimeError(f"a broadcast did not end within {self.timeout_s:g} s")
-            time.sleep(_POLL_S)
+            time.sleep(_FINISH_POLL_S)
 
     def abort(self) -> None:
         """Ends this side's broadcasts, whatever they wait for."""

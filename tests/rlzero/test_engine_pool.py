@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rlzero.cluster.engines import Fleet, room
+from rlzero.cluster.engines import EnginePool, capacity
 from rlzero.cluster.ray_cluster import Cluster
 from rlzero.config.rl import Config
 from rollout.engine import Request, Rollout, Sampling
@@ -31,15 +31,15 @@ class UnevenCluster(SlowCluster):
         return SLOW_STEP_S if index == 1 else 0.0
 
 
-def with_fleet(path: Path, work: Callable[[Fleet], Awaitable[Any]], cluster: type = Cluster, **options: Any) -> Any:
-    """What `work(fleet)` returns, with a fleet of the workers that the config at `path` asks for."""
+def with_pool(path: Path, work: Callable[[EnginePool], Awaitable[Any]], cluster: type = Cluster, **options: Any) -> Any:
+    """What `work(pool)` returns, with the engines that the config at `path` asks for."""
     config = Config.load(path)
 
     async def go() -> Any:
         with cluster(config) as started:
-            fleet = Fleet(started, "torch", str(config.policy.path), {"dtype": "float32", **options})
-            await fleet.ready()
-            return await work(fleet)
+            pool = EnginePool(started, "torch", str(config.policy.path), {"dtype": "float32", **options})
+            await pool.ready()
+            return await work(pool)
 
     return asyncio.run(go())
 
@@ -52,11 +52,11 @@ def groups(count: int, size: int = 2, tokens: int = 12) -> list[list[Request]]:
     ]
 
 
-async def drain(fleet: Fleet) -> dict[str, Rollout]:
+async def drain(pool: EnginePool) -> dict[str, Rollout]:
     """Every rollout that comes, by id; none comes twice."""
     found: dict[str, Rollout] = {}
-    while fleet.busy:
-        for rollout in await fleet.completed():
+    while pool.busy:
+        for rollout in await pool.completed():
             assert rollout.id not in found
             found[rollout.id] = rollout
     return found
@@ -70,24 +70,24 @@ def two_workers(local_ray, write_config, tmp_path) -> Path:
 def test_groups_go_to_the_worker_that_has_room(two_workers):
     """The fast one writes more, and all is done well before equal shares would be."""
 
-    async def work(fleet: Fleet) -> tuple[list[int], list[dict[str, Rollout]], list[float]]:
-        await fleet.submit(groups(2))  # warm
-        await drain(fleet)
-        fleet.shares()
+    async def work(pool: EnginePool) -> tuple[list[int], list[dict[str, Rollout]], list[float]]:
+        await pool.submit(groups(2))  # warm
+        await drain(pool)
+        pool.shares()
         began_s = time.monotonic()
-        await fleet.submit(groups(16))
-        assert all(len(requests) <= room(4) for requests in fleet.open)
-        found = await drain(fleet)
-        took_s, tokens = time.monotonic() - began_s, list(fleet.tokens)
+        await pool.submit(groups(16))
+        assert all(len(requests) <= capacity(4) for requests in pool.open)
+        found = await drain(pool)
+        took_s, tokens = time.monotonic() - began_s, list(pool.tokens)
 
-        fleet._room = [1000, 1000]  # everything at once: equal shares, in turn
+        pool._capacity = [1000, 1000]  # everything at once: equal shares, in turn
         began_s = time.monotonic()
-        await fleet.submit(groups(16))
-        assert [len(requests) for requests in fleet.open] == [16, 16]
-        return tokens, [found, await drain(fleet)], [took_s, time.monotonic() - began_s]
+        await pool.submit(groups(16))
+        assert [len(requests) for requests in pool.open] == [16, 16]
+        return tokens, [found, await drain(pool)], [took_s, time.monotonic() - began_s]
 
     options = {"max_batch": 4, "cache": "expanded"}  # which takes the native kernels
-    tokens, (found, even), (took_s, even_s) = with_fleet(two_workers, work, UnevenCluster, **options)
+    tokens, (found, even), (took_s, even_s) = with_pool(two_workers, work, UnevenCluster, **options)
     assert found.keys() == even.keys() == {r.id for group in groups(16) for r in group}
     assert sum(tokens) == 32 * 12 and tokens[0] > 2 * tokens[1] > 0
     assert took_s < 0.6 * even_s
@@ -97,26 +97,26 @@ def test_groups_go_to_the_worker_that_has_room(two_workers):
 
 
 def test_the_samples_of_a_group_stay_on_one_worker(two_workers):
-    async def work(fleet: Fleet) -> None:
-        await fleet.submit(groups(11, size=3))
-        while fleet.busy:
-            owners = [{name.split("/")[0] for name in requests} for requests in fleet.open]
+    async def work(pool: EnginePool) -> None:
+        await pool.submit(groups(11, size=3))
+        while pool.busy:
+            owners = [{name.split("/")[0] for name in requests} for requests in pool.open]
             assert not owners[0] & owners[1]
-            await fleet.completed()
+            await pool.completed()
 
-    with_fleet(two_workers, work, max_batch=4)
+    with_pool(two_workers, work, max_batch=4)
 
 
 def test_interruption_takes_back_what_runs_and_what_waits_and_nothing_else(two_workers):
-    async def work(fleet: Fleet) -> tuple[list[Rollout], dict[str, Rollout]]:
+    async def work(pool: EnginePool) -> tuple[list[Rollout], dict[str, Rollout]]:
         asked = groups(12, tokens=40)
-        await fleet.submit(asked)
+        await pool.submit(asked)
         ids = {r.id for group in asked[:10] for r in group}
         await asyncio.sleep(5 * SLOW_STEP_S)
-        stopped = await fleet.interrupt(ids)
-        return stopped, await drain(fleet)
+        stopped = await pool.interrupt(ids)
+        return stopped, await drain(pool)
 
-    stopped, rest = with_fleet(two_workers, work, UnevenCluster, max_batch=4)
+    stopped, rest = with_pool(two_workers, work, UnevenCluster, max_batch=4)
     names = {r.id for r in stopped}
     assert all(r.finish_reason == "interrupted" for r in stopped) and any(0 < len(r.tokens) < 40 for r in stopped)
     assert {"g10/0", "g10/1", "g11/0", "g11/1"} <= rest.keys() and not rest.keys() & names
@@ -124,16 +124,18 @@ def test_interruption_takes_back_what_runs_and_what_waits_and_nothing_else(two_w
 
 
 def test_a_worker_found_dead_by_two_calls_is_replaced_once_and_loses_nothing(two_workers):
-    async def work(fleet: Fleet) -> tuple[int, dict[str, Rollout]]:
-        victim = (await fleet.workers[1].call("ping", deadline_s=30))["pid"]
-        await fleet.submit(groups(12, tokens=40))
-        reading = asyncio.create_task(drain(fleet))  # finds it dead in `completed`
+    async def work(pool: EnginePool) -> tuple[int, dict[str, Rollout]]:
+        victim = (await pool.workers[1].call("ping", deadline_s=30))["pid"]
+        await pool.submit(groups(12, tokens=40))
+        reading = asyncio.create_task(drain(pool))  # finds it dead in `completed`
         await asyncio.sleep(2 * SLOW_STEP_S)
         os.kill(victim, signal.SIGKILL)
-        await asyncio.gather(fleet.score([[5, 6, 7]], 1.0), fleet.score([[5, 6, 7]], 1.0))
-        return fleet.restarts, await reading
+        scores = await asyncio.gather(*(pool.score([[5, 6, 7]], 1.0) for _ in range(2)))
+        assert all(len(score) == 2 and score[0] is not None for score in scores)  # a dead one has none
+        await asyncio.gather(pool.restart(), pool.restart())
+        return pool.restarts, await reading
 
-    restarts, found = with_fleet(two_workers, work, UnevenCluster, max_batch=4)
+    restarts, found = with_pool(two_workers, work, UnevenCluster, max_batch=4)
     assert restarts == 1
     assert found.keys() == {r.id for group in groups(12) for r in group}
     assert all(len(r.tokens) == 40 for r in found.values())
