@@ -144,6 +144,9 @@ NOT_CONFIGURED = {
     "policy.end_tokens": "follows from the folder of policy.path; leave it out",
     "policy.tokenizer": "a run takes the tokenizer in the folder of policy.path; leave it out",
     "optimizer.total_steps": "follows from steps and batch.minibatches; leave it out",
+    "optimizer.betas": "are DeepSeek-V3's in reinforcement learning (0.9, 0.95); leave them out",
+    "optimizer.min_lr_ratio": "a schedule of reinforcement learning ends at a tenth of optimizer.lr; leave it out",
+    "optimizer.router_bias_gamma": "reinforcement learning keeps the routers' balance of pre-training; leave it out",
     "loss.constant_length": "follows from rollout.max_tokens; leave it out",
     "loss.teacher_coef": "a run of reinforcement learning has no teacher; leave it out",
     "parallel.pp": "a run trains whole models on every dp rank (docs/parallel.md, stages); leave it out",
@@ -342,6 +345,9 @@ def _not_configured(config: Config) -> Iterator[Conflict]:
     constant = config.loss.aggregation == "constant"
     expected = {
         "policy.init": (None,),
+        "optimizer.betas": (OptimizerOptions().betas,),
+        "optimizer.min_lr_ratio": (OptimizerOptions().min_lr_ratio,),
+        "optimizer.router_bias_gamma": (0,),
         "policy.tokenizer": (None,),
         "policy.longest": (None,),
         "policy.end_tokens": (None,),
