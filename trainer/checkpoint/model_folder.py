@@ -63,6 +63,9 @@ def model_fields(folder: str | Path | None) -> dict[str, Any]:
 # ---- what ends a text ----
 
 
+SHOWN = 6  # tokens
+
+
 @dataclass(frozen=True)
 class TextEnd:
     """The tokens that end a text, and which source names which. One rule for trainer, checkpoints and engines."""
@@ -79,7 +82,9 @@ class TextEnd:
         """The tokens in words and who names them, for the printed plan and for warnings."""
 
         def words(ids: Iterable[int]) -> str:
-            return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" if tokenizer else str(i) for i in ids)
+            ids = list(ids)
+            said = [f"{tokenizer.convert_ids_to_tokens(i)} ({i})" if tokenizer else str(i) for i in ids[:SHOWN]]
+            return ", ".join(said + [f"and {len(ids) - SHOWN} more"] * (len(ids) > SHOWN))
 
         if not self.ids:
             return "nothing: neither generation_config.json nor config.json nor a tokenizer names an EOS token"
