@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import re
 import types
 import typing
@@ -15,6 +16,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+PLACES = (
+    "output_dir", "policy.path", "policy.tokenizer", "data.train", "data.evaluation", "data.chat_template",
+    "rewards.fn",
+)  # fmt: skip; fields that name files and folders
 Conflict = tuple[tuple[str, ...], str]  # the fields involved, what is wrong and what to do
 
 
@@ -44,7 +49,8 @@ def read_config(
 ) -> Model:
     """A `model` from the YAML at `path`, or from fields as nested dicts, with `a.b=c` overrides laid over it.
     `conflicts(instance)` yields contradictions between fields; `hidden` maps names that somebody may
-    expect, but cannot set, to the reason. Raises `ConfigError` naming all mistakes at once."""
+    expect, but cannot set, to the reason. In the names of files and folders `~` and `$VAR` are expanded; relative ones
+    start from the working directory, wherever the YAML lies. Raises `ConfigError` naming all mistakes at once."""
     problems: list[str] = []
     if isinstance(path, Mapping):
         tree, path = copy.deepcopy(dict(path)), "config"
@@ -55,11 +61,31 @@ def read_config(
             raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
     for override in overrides:
         _override(tree, override, problems)
+    _expand_places(tree, problems)
     instance = _validate(model, tree, problems, conflicts, hidden)
     if problems:
         raise ConfigError(str(path), problems)
     assert instance is not None
     return instance
+
+
+def _expand_places(tree: dict, problems: list[str]) -> None:
+    """Expands `~` and `$VAR` in the names of files and folders; an address in place of a folder is a mistake."""
+    for name in PLACES:
+        section, _, key = name.rpartition(".")
+        found = tree.get(section) if section else tree
+        for node in found if isinstance(found, list) else [found]:
+            value = node.get(key) if isinstance(node, dict) else None
+            if not isinstance(value, str):
+                continue
+            node[key] = expanded = os.path.expandvars(os.path.expanduser(value))
+            if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
+                problems.append(f"{name}: {value}: {unset[0]} is not set in the environment")
+            elif "://" in expanded and not name.startswith("data."):
+                problems.append(
+                    f"{name}: {value} is an address; expected a folder of this machine (a model of the Hugging Face "
+                    "hub is had by `hf download OWNER/NAME --local-dir FOLDER`)"
+                )
 
 
 def _validate(

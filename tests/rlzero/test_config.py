@@ -180,3 +180,23 @@ def test_any_override_is_either_taken_or_reported(tmp_path, override):
         Config.load(path, [override])
     except ConfigError as error:
         assert error.problems
+
+
+def test_home_and_variables_are_expanded_in_places_alone(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("MODELS", "/models")
+    config = Config.load(
+        write(MINIMAL), ["policy.path=$MODELS/base", "output_dir=~/runs", "rewards.0.fn='${MODELS}/r.py:f'", "name=x"]
+    )
+    assert (config.policy.path, config.output_dir, config.rewards[0].fn) == (
+        "/models/base", "/home/me/runs", "/models/r.py:f",
+    )  # fmt: skip
+    assert Config.load(write(MINIMAL), ["data.suffix='$MODELS ~'"]).data.suffix == "$MODELS ~"
+
+
+def test_addresses_and_variables_that_are_not_set_are_mistakes(write, monkeypatch):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    changes = ["policy.path=hf://Qwen/Qwen2.5-0.5B", "output_dir=hf://me/runs", "data.train=$NOWHERE/x"]
+    found = problems(write(MINIMAL), *changes)
+    assert [line.split(":")[0] for line in found] == ["output_dir", "policy.path", "data.train"]
+    assert "$NOWHERE is not set in the environment" in found[2] and "expected a folder of this machine" in found[0]
