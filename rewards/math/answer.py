@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from rewards.math.formula import Formula, NoFormula, formula
 from rewards.math.normal import FUNCTIONS
-from rewards.math.units import Unit, measured
+from rewards.math.units import Unit, measured, parse_unit
 
 
 class Unread(ValueError):
@@ -92,7 +92,9 @@ class Relation:
 Answer = Value | Words | Based | Ratio | Group | Union | Matrix | Relation
 
 MAX_PARTS = 200
-_BASE = re.compile(r"(-?)(?:\\text\{)?([0-9A-F]*[0-9][0-9A-F]*)\}?_\{\(?(?:(\d{1,2})|\\text\{(?:base )?(\w+)\})\)?\}")
+_BASE = re.compile(
+    r"(-?)(?:\\text\{)?([0-9A-F]*[0-9][0-9A-F]*)\}?_\{\(?(?:(?:\\text\{base\} ?)?(\d{1,2})|\\text\{(?:base )?(\w+)\})\)?\}"
+)
 _BASE_WORDS = re.compile(r"(-?)([0-9A-F]*[0-9][0-9A-F]*)(?: |\\text\{)(?:in )?base (?:(\d{1,2})|([a-z]+))\}?")
 _BASE_NAMES = {n: i for i, n in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)} | {
     "sixteen": 16
@@ -104,16 +106,18 @@ NUMBER_WORDS = {
         " seventeen eighteen nineteen twenty".split()
     )
 } | {word: str(10 * n) for n, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), 3)}
+ANSWER_WORDS = frozenset("yes no true false none even odd both".split())
 _AND = re.compile(r"(?:,?\s*(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])\s*)+")
 _SIGN = re.compile(r"\\(?:le|ge|ne|approx|in)(?![a-zA-Z])|[=<>]")
 _SETS = re.compile(r"\\(?:cup|cap|setminus)(?![a-zA-Z])")
 _PAIRS = {"(": ")]", "[": ")]", "\\{": ("\\}",)}
 _MATRIX = re.compile(r"\\begin\{([pbB]?|small)(matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1\2\}", re.S)
-_RATIO = re.compile(r"([^:]+(?::[^:]+){1,3}?)(?:(?: |\\text\{)([ap]\.?m\.?)\}?)?", re.I)
+_RATIO = re.compile(r"([^:]+(?::[^:]+?){1,3})(?:(?: |\\text\{)([ap]\.?m\.?)\}?)?", re.I)
 _BUILDER = re.compile(r"([a-zA-Z])(?:\\in\\mathbb\{R\})?(?:\\mid|\\vert|:|\|)(.+)", re.S)
 _COMPOUND = re.compile(
-    r"((?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})(?:\\text\{[^{}]+\}|°| ?[a-zA-Z]{2,}\.?)(?:\^\{\d\})?)\s*(?=[\d\\])"
+    r"((?:\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})(?:\\text\{[^{}]+\}|°| ?[a-zA-Z]{2,}\.?)(?:\^\{\d\})?)\s*(?=\d|\\frac)"
 )
+_BARE_WORDS = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z0-9]+|['.-] ?[A-Za-z]{2,}|'s)*\.?")
 _PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z0-9'\-./& ]*")
 
 
@@ -211,6 +215,8 @@ def _set(text: str) -> Answer:
         if len(set(operations)) > 1 or (operations[0] == "\\setminus" and len(parts) > 2):
             raise Unread("several operations on sets")
         return Union(operations[0], tuple(_set(part) for part in parts))
+    if text == "\\mathbb{R}":
+        return read("(-\\infty,\\infty)")
     matrix = _MATRIX.search(text)
     if matrix:
         return _matrix(text, matrix)
@@ -284,13 +290,17 @@ def _words(text: str) -> Answer | None:
     """A text answer, or None. Up to three small letters without a wrapper are a product of variables."""
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text) if "\\text" in text else text
     plain = " ".join(plain.split())
-    if not _PLAIN_WORDS.fullmatch(plain) or len(plain) == 1:
+    pattern = _PLAIN_WORDS if "\\text" in text else _BARE_WORDS
+    if not pattern.fullmatch(plain) or len(plain) == 1 or measured(text).unit.atoms:
         return None
-    number = NUMBER_WORDS.get(plain.lower())
-    if number is not None:
-        return Value(number, formula(number))
-    if "\\text" not in text and (
-        re.fullmatch(r"[a-z]{1,3}|[a-z]/[a-z]|[a-zA-Z][-/][a-zA-Z]", plain) or plain in FUNCTIONS
+    first, _, rest = plain.partition(" ")
+    number, unit = NUMBER_WORDS.get(first.lower()), parse_unit(rest)
+    if number is not None and unit is not None:
+        return Value(number, formula(number), unit[1], scale=unit[0])
+    if (
+        "\\text" not in text
+        and plain.lower() not in ANSWER_WORDS
+        and (re.fullmatch(r"[a-z]{1,3}|[a-z]/[a-z]|[a-zA-Z][-/][a-zA-Z]", plain) or plain in FUNCTIONS)
     ):
         return None
     return Words(plain)
@@ -309,7 +319,7 @@ _NAME = (
     r"(?:\{[a-zA-Z]+\})?|[a-zA-Z])(?:_(?:\{[^{}]*\}|\w))?'*(?:\([^()=]{1,20}\))?"
 )
 _LEFT_SIDE = re.compile(
-    rf"(?:{_NAME})(?:\s*[-+*/: ]?\s*(?:{_NAME}))*|\((?:{_NAME})(?:,(?:{_NAME}))*\)|\\frac\{{[a-zA-Z]+\}}\{{[a-zA-Z]+\}}"
+    rf"(?:{_NAME})(?:[-+*/: ]?(?:{_NAME}))*|\((?:{_NAME})(?:,(?:{_NAME}))*\)|\\frac\{{[a-zA-Z]+\}}\{{[a-zA-Z]+\}}"
     r"|\|(?:[A-Z]+|[zw]|\\vec\{[a-z]\}|\\(?:overline|overrightarrow)\{[A-Z]+\})\|"
 )
 
@@ -317,4 +327,4 @@ _LEFT_SIDE = re.compile(
 @lru_cache(maxsize=2048)
 def named(text: str) -> bool:
     """Whether the left side of an equation only names the value on the right: `x`, `f(2)`, `AB`, `a+b`, `(x,y)`."""
-    return _LEFT_SIDE.fullmatch(text) is not None
+    return len(text) <= 80 and _LEFT_SIDE.fullmatch(text) is not None

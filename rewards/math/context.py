@@ -82,11 +82,12 @@ _STATED_NUMBER = re.compile(
 )
 _FORMULA = re.compile(
     r"[\s*:,]*(?:(?:is|equals|just|simply|exactly|therefore|thus|again)\b[\s:]*)*"
-    r"(?:\$\$?([^$]+)\$|\\\((.+?)\\\)|\\boxed\{([^{}]+)\}|([-−]?\\?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s?\\?%?))"
+    r"(?:\$\$?([^$]+)\$|\\\((.+?)\\\)|\\boxed\{([^{}]+)\}|([-−]?\\?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s?\\?%?)"
+    r"|(\\[dt]?frac\s*(?:\{[^{}]*\}\s*\{[^{}]*\}|\d\d)))"
 )
 # Right in front of the box: an operator, a relation that is no equation, a digit, the opening brace of a command.
 _OPERATOR_BEFORE = re.compile(
-    r"(?:[+/^_<>!]|(?<!\*)\*(?!\*)|\\(?:cdot|times|div|pm|mp|le|leq|leqslant|ge|geq|geqslant|lt|gt|sqrt|frac|dfrac"
+    r"(?:[+/^_<>!·×÷⋅√½¼¾]|(?<!\*)\*(?!\*)|\\(?:cdot|times|div|pm|mp|le|leq|leqslant|ge|geq|geqslant|lt|gt|sqrt|frac|dfrac"
     r"|tfrac|neg|lnot|not|notin|cup|cap|"
     r"setminus|ll|gg|sim|equiv|mid|sin|cos|tan|ln|log|exp)(?:\\left)?|(?<![A-Za-z])[A-Za-z](?=\()|\d|(?:^|[$=(\[{,]|\d)\s*-)\s*[$({]*\s*$|-$|\}\s*\{$"
 )
@@ -135,7 +136,7 @@ def spoken_against(part: str, start: int, end: int, value: str, last: bool) -> s
 
 
 def _goes_on(after: str, value: str) -> bool:
-    if re.match(r"[0-9A-Za-z_{]|\.\d|,\d{3}|(?:\\[,;:! ]|~|\{,\})+\s*\d", after):
+    if re.match(r"[0-9A-Za-z_{²³½¼¾⅓⅔⁰-⁹]|[.:]\d|,\d{3}|[ \t]+\d{3}(?!\d)|(?:\\[,;:! ]|~|\{,\})+\s*\d", after):
         return True
     closed = re.match(r"\s*(?:(?:\\right\s*)?[)\]|]\s*)+", after)
     if closed and re.match(

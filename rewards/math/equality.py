@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from rewards.math.answer import (
+    ANSWER_WORDS,
     Answer,
     Based,
     Group,
@@ -99,6 +100,8 @@ class _Comparison:
 
     def answers(self, gold: Answer, found: Answer) -> tuple[bool, str]:
         """Whether `found` is the gold answer, and the rule."""
+        if isinstance(gold, Union) != isinstance(found, Union):
+            gold, found = _union(gold), _union(found)
         if isinstance(found, Relation) and not isinstance(gold, Relation):
             return self._relation_for_value(gold, found)
         if isinstance(gold, Relation):
@@ -311,7 +314,6 @@ def _decimal(group: Group, is_gold: bool) -> Answer:
 
 
 _SENSITIVE = re.compile(r"[A-Z0-9]{2,5}")
-_ANSWERS = frozenset("yes no true false none even odd both".split())
 
 
 def _words(gold: Answer, found: Answer) -> bool:
@@ -321,7 +323,7 @@ def _words(gold: Answer, found: Answer) -> bool:
     one, other = (" ".join(re.sub(r"[-&]", " ", words.text).rstrip(".").split()) for words in (gold, found))
     if one == other:
         return True
-    if any(_SENSITIVE.fullmatch(text) and text.lower() not in _ANSWERS for text in (one, other)):
+    if any(_SENSITIVE.fullmatch(text) and text.lower() not in ANSWER_WORDS for text in (one, other)):
         return False
     return _no_article(one.lower()) == _no_article(other.lower())
 
@@ -388,8 +390,18 @@ def _proportional(one: Relation, other: Relation) -> bool:
     return symbols[0] == symbols[1] != set() and close(ratios[0], ratios[1]) and close(ratios[0], ratios[2])
 
 
+def _union(answer: Answer) -> Answer:
+    """A list of inequalities as the union of the sets that they describe; anything else as it is."""
+    if isinstance(answer, Group) and not answer.left:
+        sets = [_interval(part) if isinstance(part, Relation) else None for part in answer.parts]
+        if all(part is not None for part in sets):
+            return Union("\\cup", tuple(part for part in sets if part is not None))
+    return answer
+
+
 def _variable(relation: Relation) -> str:
-    return next((text for text in relation.texts if named(text)), "")
+    texts = relation.texts[1:2] if len(relation.texts) == 3 else relation.texts
+    return next((text for text in texts if named(text) and not re.search(r"[-+*/]", text)), "")
 
 
 def _interval(relation: Relation) -> Answer | None:

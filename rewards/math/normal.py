@@ -100,6 +100,10 @@ _WRAPPER = re.compile(
 _DOLLARS = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.)+?)(?<![\s\\])\$\$?(?!\d)", re.S)
 _BRACKETS = re.compile(r"\\\((.*?)\\\)|(?<!\\)\\\[(.*?)\\\]", re.S)
 _THOUSANDS = re.compile(r"(?<![\d.,])([1-9]\d{0,2}(?:(?:,|\{,\})\d{3})+)(?!\d|,\d|\{,\})")
+_TUPLE = re.compile(
+    r"(?<=[(\[])\d+(?:,\d{3})+(?=(?:°|\^\{?\s*\\circ\}?)?\s*(?:[)\]]|\\right))|(?<=\\\{)\d+(?:,\d{3})+(?=\\)"
+)
+_LONG_NUMBER = re.compile(r"\d{401}")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?: \d{3})+)(?![\d ]*\d)")
 _POINTED_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?![\d.,])")  # 1.234,5
 FUNCTIONS = frozenset("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp".split())
@@ -152,6 +156,9 @@ def _wrapped(match: re.Match[str]) -> str:
 def _worded(piece: str) -> str:
     if _MATH_TEXT.fullmatch(piece):
         return piece + " "
+    power = re.fullmatch(r"([A-Za-z/ .]*[A-Za-z])\^(\d)", piece)
+    if power:
+        return f"\\text{{{power[1]}}}^{power[2]}"
     counted = _COUNTED.fullmatch(piece)
     if counted:
         return f"{counted[1]}\\text{{{counted[2]}}}"
@@ -246,6 +253,8 @@ def normalise(text: str) -> str:
     """
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"{len(text)} characters; at most {MAX_CHARACTERS} are read")
+    if _LONG_NUMBER.search(text):
+        raise Unreadable("a number of more than 400 digits")
     for _ in range(5):  # what one rule leaves may be read by another; a second pass usually changes nothing
         before, text = text, _respell(text)
         if text == before:
@@ -264,6 +273,7 @@ def _respell(text: str) -> str:
     text = re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", text) if "\\boxed" in text else text
     text = re.sub(r"(?<=\d)(?:\\[,!;: ]|\{,\})+(?=\d{3}(?!\d))", ",", text)  # 49,\!479 and 1\,000 -> 1,000
     text = re.sub(r",\s*\\!\s*", ",", text)
+    text = _TUPLE.sub(lambda m: m[0].replace(",", ";"), text)
     text = re.sub(r"(?<=\d),\s+(?=\d{3}(?!\d))", ";", text)  # 81, 256 is a list, 81,256 a number
     text = _SIZING.sub("", _SPACING.sub(" ", text))
     text = text.replace("\\lbrace", "\\{").replace("\\rbrace", "\\}").replace("\\lbrack", "[").replace("\\rbrack", "]")
@@ -288,6 +298,7 @@ def _respell(text: str) -> str:
     text = _SPACED_THOUSANDS.sub(lambda m: m.group(1).replace(" ", ""), text)
     text = re.sub(r"(?<=\d)\{,\}(?=\d)", ",", text)
     text = _braced(text) if _HEAD.search(text) else text
+    text = re.sub(r"\\frac\{\\text\{(\w+)\}\}\{(?:\\text\{)?([a-z]+)\}?(\^\{\d\})? ?\}", r"\\text{\1/\2}\3", text)
     text = re.sub(r"\s*\\\\(?:\[[^\]]{1,8}\])?\s*", r"\\\\ ", text)  # the end of a matrix row
     text = " ".join(text.split())
     text = re.sub(r"\s*([-+*/=<>^_,;:|()\[\]{}%!&°])\s*", r"\1", text)

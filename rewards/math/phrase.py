@@ -17,7 +17,7 @@ MAX_CHARACTERS = 400
 _LEAD = re.compile(
     r"\s*(?:\*\*)?(?:(?:so|thus|hence|therefore|then|finally),?\s+)?(?:the\s+|my\s+|our\s+)?(?:final\s+|correct\s+|right\s+)?"
     r"(?:answer|result|value|solution|option|choice|total|sum|it)(?:\s+choice|\s+option)?(?:\s+is|\s+equals|\s*[:=])"
-    r"\s*(?:\*\*)?:?\s*(?:choice\s+|option\s+)?",
+    r"\s*(?:\*\*)?:?\s*(?:choice\s+|option\s+)?|\s*(?:option|choice)\s+",
     re.I,
 )
 _REFUSED = re.compile(
@@ -29,13 +29,14 @@ _REFUSED = re.compile(
     r"|impossible)\b",
     re.I,
 )
-_NUMBER = r"(?:(?:US)?\\?[$€£¥₹] ?)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_NUMBER = r"(?:(?:US)?\\?[$€£¥₹] ?)?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)"
 _WORDS = "|".join(
     sorted(NUMBER_WORDS, key=len, reverse=True)
     + "hundred thousand million billion dozen half halves thirds? quarters? twice double triple thrice once".split()
 )
 _VALUE = re.compile(
-    r"(?P<formula>(?<![\\$])\$\$?(?=[^\s$])(?:[^$\\]|\\.)+?(?<!\s)\$\$?(?!\d)|\\\(.+?\\\)|\\\[.+?\\\])"
+    r"(?P<formula>(?<![\\$])\$\$?(?=[^\s$])(?:[^$\\]|\\.)+?(?<!\s)\$\$?(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]"
+    r"|(?<![\w.])-?\d*\\(?:[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|sqrt\s*\{[^{}]*\})(?:\s*\\pi)?)"
     r"|(?P<ordinal>\b\d+(?:st|nd|rd|th)\b)"
     rf"|(?P<chain>(?<![\w.]){_NUMBER}%?(?:\s*[-+*/×x·÷=−–]\s*{_NUMBER}%?)*\s*=\s*-?{_NUMBER}(?![\w/]))"
     rf"|(?P<number>(?<![\w.])[-−]?{_NUMBER}(?:(?:\s\d+)?/\d+)?(?::\d\d)?(?:\s?\\?%)?(?:\s?(?:[-–−]|to)\s?{_NUMBER})?)"
@@ -131,6 +132,8 @@ def _value(match: re.Match[str], before: str, after: str) -> str | None:
             quantity = measured(normalise(longer))
         except Unreadable:
             continue
-        if (quantity.unit and quantity.unit.countable) or quantity.scale != 1 or quantity.percent:
+        if words[count - 1].lower() == "in" and after.split()[count:]:  # "30 in all": no inches
+            continue
+        if (quantity.unit and quantity.unit.countable) or quantity.scale != 1:
             return longer.rstrip(" .")
     return text

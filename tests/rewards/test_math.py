@@ -257,6 +257,9 @@ BOMBS = {
     "roots": "\\boxed{" + "\\sqrt{" * 50 + "2" + "}" * 50 + "}",
     "chain": "\\boxed{" + "x=" * 1400 + "1}",
     "plus": "\\boxed{" + "1+" * 1400 + "1}",
+    "words": "\\boxed{" + "ab " * 990 + "!}",
+    "units": "\\boxed{5" + " cm" * 900 + "!}",
+    "names": "\\boxed{" + "add the " * 300 + "= 1}",
     "signs": "\\boxed{" + "\\pm " * 700 + "1}",
 }
 
