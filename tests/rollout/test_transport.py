@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 @pytest.fixture(params=["ipc", "ipc in small buckets", "nccl", "nccl in small buckets"])
 def sender(request):
     sender = Transport(request.param.split()[0], (1,)).sender(0, torch.device("cpu"), "127.0.0.1")
-    sender.timeout_s = 20.0
+    sender.timeout_s = 60.0
     if "small" in request.param:
         sender.bucket_bytes = 1024
     yield sender
