@@ -19,8 +19,9 @@ import os
 import re
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rewards.sandbox import Limits, Run, Sandbox, SandboxError, values
 from rewards.sandbox.compare import same_output, same_value
@@ -301,13 +302,47 @@ def close() -> None:
     _sandboxes.clear()
 
 
+def tests_of_row(row: Mapping[str, Any]) -> Tests:
+    """The tests of a row. Columns of public sets are known: `test` with `prompt` and `entry_point` (HumanEval),
+    `test_list` with `test_setup_code` or `test_imports` (MBPP), `input_output` or `public_tests` with their two lists
+    (APPS, CodeContests). Raises `ValueError` where there are none or they make no sense."""
+    names = ("tests", "test", "test_list", "input_output", "public_tests")
+    tests = next((row[name] for name in names if row.get(name) is not None), None)
+    if tests is None:
+        raise ValueError(f"no tests: found none of the columns {', '.join(names)}")
+    if isinstance(tests, Mapping) and "input" in tests and "output" in tests:
+        tests = {"inputs": tests["input"], "outputs": tests["output"]}
+    setup = row.get("setup") or ""
+    if row.get("tests") is None:
+        given = row.get("prompt") if row.get("test") is not None else row.get("test_setup_code")
+        setup = setup or (given if isinstance(given, str) else "")
+        setup = "\n".join([*(row.get("test_imports") or ()), setup])
+    return parse_tests(tests, row.get("entry_point"), setup, row.get("prepare") or "")
+
+
+def check_row(row: Mapping[str, Any]) -> str | None:
+    """Why no program can pass on this row: its tests are missing or make no sense; None when one can."""
+    try:
+        tests_of_row(row)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def code_reward(
     completion: str,
-    tests: object,
+    tests: object = None,
     entry_point: str | None = None,
     setup: str = "",
     prepare: str = "",
     *,
+    test: object = None,
+    test_list: object = None,
+    test_setup_code: str = "",
+    test_imports: Sequence[str] = (),
+    input_output: object = None,
+    public_tests: object = None,
+    prompt: object = None,
     language: str = "python",
     fence: bool = True,
     credit: Credit = "all",
@@ -317,8 +352,8 @@ def code_reward(
     memory_mb: int = 512,
     isolation: str = "namespaces",
 ) -> Score:
-    """1 when the completion's code passes `tests` (`parse_tests` lists the forms), else 0; with credit "share" the
-    share of tests passed.
+    """1 when the completion's code passes `tests` (`parse_tests` lists the forms; `tests_of_row` the columns of public
+    sets, `test` to `prompt`), else 0; with credit "share" the share of tests passed.
 
     `timeout_s` is wall time a test, `total_s` of all tests: keep it below the timeout that a run gives this reward (5 s
     by default), so that a slow answer ends here and not with its worker. `fence=False` takes the whole completion as
@@ -330,7 +365,10 @@ def code_reward(
     _check_language(language)
     if credit not in ("all", "share"):
         raise ValueError(f"credit is {credit!r}, expected 'all' or 'share'")
-    parsed = parse_tests(tests, entry_point, setup, prepare)
+    columns = {"tests": tests, "entry_point": entry_point, "setup": setup, "prepare": prepare, "test": test}
+    columns |= {"test_list": test_list, "test_setup_code": test_setup_code, "test_imports": test_imports}
+    columns |= {"input_output": input_output, "public_tests": public_tests, "prompt": prompt}
+    parsed = tests_of_row(columns)
     limits = Limits(timeout_s=timeout_s, total_s=total_s, memory_bytes=memory_mb << 20)
     code = extract_code(completion, language) if fence else completion
     if code is None:
@@ -345,6 +383,7 @@ def code_reward(
 
 
 code_reward.expects = "a whole program in a fenced block, ```python ... ```, the last one counts"  # type: ignore[attr-defined]
+code_reward.check_row = check_row  # type: ignore[attr-defined]
 
 
 def score(outcomes: list[Outcome], tests: Tests, credit: Credit) -> Score:

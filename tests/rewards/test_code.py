@@ -266,3 +266,30 @@ def test_contest_rows_are_read_and_an_echo_of_the_input_fails():
         assert code_reward(block("import sys\nprint(sys.stdin.read() + 'x')"), cases).verdict == "wrong"
         told = f"print({tests.expected[0]!r})"  # knows the answer: what it prints is compared as printed
         assert code_reward(block(told), cases).verdict == "correct"
+
+
+@pytest.mark.parametrize(
+    ("row", "right"),
+    [
+        (
+            {"prompt": "def two():\n    'It is 2.'\n", "entry_point": "two",
+             "test": "def check(candidate):\n    assert candidate() == 2\n"},
+            "def two():\n    return 2\n",
+        ),
+        ({"test_list": ["assert add(1, 2) == 3"], "test_setup_code": None}, "def add(a, b): return a + b\n"),
+        ({"test_list": ["assert math.isclose(f(), 2.0)"], "test_imports": ["import math"]}, "def f(): return 2.0\n"),
+        ({"input_output": '{"inputs": ["3\\n"], "outputs": ["6\\n"]}'}, "print(2 * int(input()))\n"),
+        ({"public_tests": {"input": ["3\n"], "output": ["6\n"]}}, "print(2 * int(input()))\n"),
+    ],
+    ids=["humaneval", "mbpp", "mbpp sanitized", "apps", "code contests"],
+)  # fmt: skip
+def test_rows_of_public_sets_are_taken_as_they_are(row, right):
+    reward = load_reward("rewards.code:code_reward")
+    assert reward.check_row(row) is None
+    assert reward.one(f"```python\n{right}```", row).verdict == "correct"
+    assert reward.one("```python\ndef two(): return 3\nadd = f = lambda *a: 7\n```", row).verdict == "wrong"
+
+
+def test_a_row_without_tests_can_never_be_paid():
+    reward = load_reward("rewards.code:code_reward")
+    assert "found none of the columns tests, test" in reward.check_row({"prompt": "Add.", "answer": "3"})
