@@ -23,7 +23,7 @@ LONG = {
     "test_nccl", "test_serving", "test_speculation", "test_streaming", "test_parallel", "test_parallel_pipeline",
     "test_judge_served", "test_runner", "test_runner_ray", "test_sandbox_attacks", "test_sandbox_jobs",
     "test_math_adversarial", "test_bad_input", "test_noise", "test_triton_quantize", "test_model_triton",
-    "test_step_triton",
+    "test_step_triton", "test_table",
 }  # fmt: skip
 
 

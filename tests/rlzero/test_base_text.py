@@ -100,6 +100,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_the_recipes_first_steps_repeat_bit_for_bit_in_a_new_process(tmp_path):
     script = tmp_path / "pretrain.py"
     script.write_text(PRETRAIN)
