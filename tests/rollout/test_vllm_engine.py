@@ -222,7 +222,7 @@ def finish(engine) -> list[Rollout]:
 
 def test_logprobs_of_completions_are_those_of_transformers(engine, reference):
     rollouts = generate(engine, requests())
-    assert near(reference.gap(rollouts, temperature=0.7))
+    assert near(reference.logprob_diff(rollouts, temperature=0.7))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -237,12 +237,12 @@ def test_scoring_leaves_running_requests_alone(engine, reference):
     engine.submit(requests(2))
     scores = engine.score(SEQUENCES[:2], 0.5)
     assert near(logprob_diff(scores, reference.score(SEQUENCES[:2], 0.5)))
-    assert near(reference.gap(finish(engine), temperature=0.7))
+    assert near(reference.logprob_diff(finish(engine), temperature=0.7))
 
 
 def test_greedy_takes_the_most_likely_token_and_reports_temperature_one(engine, reference):
     (rollout,) = generate(engine, requests(1, temperature=0.0))
-    assert near(reference.gap([rollout]))
+    assert near(reference.logprob_diff([rollout]))
     with torch.no_grad():
         logits = reference.model(torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]])).logits[0]
     rows = logits[len(rollout.prompt_tokens) - 1 : -1].log_softmax(-1)
@@ -277,7 +277,7 @@ def test_update_reaches_every_kind_of_weight(engine, reference, sender, family):
             assert installed.mode == "direct" and installed.verified == len(weights)
         assert near(logprob_diff(engine.score(SEQUENCES), expected))
         rollouts = generate(engine, requests())
-        assert near(reference.gap(rollouts, temperature=0.7))  # decoding reads other copies than scoring
+        assert near(reference.logprob_diff(rollouts, temperature=0.7))  # decoding reads other copies than scoring
         assert [r.versions for r in rollouts] == [[(version, 16)]] * 6
 
 
@@ -371,8 +371,8 @@ def test_running_requests_go_on_across_an_update(engine, reference):
         assert (old, new, kept + more) == (0, 7, 120) and kept > 0 and more > 0
         # What the old policy sampled carries the old policy's log-probabilities.
         first = replace(rollout, tokens=rollout.tokens[:kept], logprobs=rollout.logprobs[:kept])
-        assert near(reference.gap([first]))
-        assert reference.gap([rollout])["mean_abs"] > 0.1
+        assert near(reference.logprob_diff([first]))
+        assert reference.logprob_diff([rollout])["mean_abs"] > 0.1
 
 
 # ---- sampling, stops, interruption ----
@@ -437,7 +437,7 @@ def test_interrupted_rollouts_continue_under_new_weights(engine, reference):
     assert [r.id for r in stopped] == [r.id for r in wanted]
     assert {r.finish_reason for r in stopped} == {"interrupted"} and all(0 < len(r.tokens) < 60 for r in stopped)
     assert engine.completed() == []
-    assert near(reference.gap(stopped, temperature=0.7))
+    assert near(reference.logprob_diff(stopped, temperature=0.7))
 
     weights = perturbed(reference.weights, ".", seed=8)
     engine.update(list(weights.items()), 3)
@@ -488,7 +488,7 @@ def test_requests_survive_sleep(engine, reference):
     engine.wake()
     rollouts = finish(engine)
     assert [len(r.tokens) for r in rollouts] == [60, 60] and rollouts[0].versions == [(0, 60)]
-    assert near(reference.gap(rollouts, temperature=0.7))
+    assert near(reference.logprob_diff(rollouts, temperature=0.7))
 
 
 # ---- other engines ----
@@ -501,7 +501,7 @@ def test_bfloat16_engine_stays_near_transformers_also_after_an_update(engines, r
         engine.update(list(weights.items()), version)
         reference.load(weights)
         assert logprob_diff(engine.score(SEQUENCES), reference.score(SEQUENCES))["mean_abs"] < 2e-2
-        assert reference.gap(generate(engine, requests()), temperature=0.7)["mean_abs"] < 2e-2
+        assert reference.logprob_diff(generate(engine, requests()), temperature=0.7)["mean_abs"] < 2e-2
 
 
 if ON_GPU:
@@ -548,7 +548,7 @@ if ON_GPU:
                 engine.score(SEQUENCES)
             engine.update(list(reference.weights.items()), 1)
         assert near(logprob_diff(engine.score(SEQUENCES), reference.score(SEQUENCES)))
-        assert near(reference.gap(generate(engine, requests()), temperature=0.7))
+        assert near(reference.logprob_diff(generate(engine, requests()), temperature=0.7))
 
 
 def test_prefix_cache_never_serves_an_older_version(engines, folders, tmp_path):
@@ -561,7 +561,7 @@ def test_prefix_cache_never_serves_an_older_version(engines, folders, tmp_path):
         reference.load(weights)
         for sample in (0, 1):  # the second of each version reads the first's prefix
             (rollout,) = generate(engine, [Request("p", sample, prompt, Sampling(max_tokens=8, ignore_eos=True))])
-            assert near(reference.gap([rollout]))
+            assert near(reference.logprob_diff([rollout]))
 
 
 def test_prefixes_of_running_requests_stay_theirs_across_an_update(engines, folders, tmp_path):
@@ -576,8 +576,9 @@ def test_prefixes_of_running_requests_stay_theirs_across_an_update(engines, fold
     reference.load(new)
     engine.submit([Request("new", sample, prompt, options) for sample in range(2)])
     ended = {rollout.prompt_id: rollout for rollout in finish(engine)}
-    assert near(reference.gap([ended["new"]]))
-    assert [len(r.tokens) for r in ended.values()] == [40, 40] and reference.gap([ended["running"]])["mean_abs"] > 0.1
+    assert near(reference.logprob_diff([ended["new"]]))
+    assert [len(r.tokens) for r in ended.values()] == [40, 40]
+    assert reference.logprob_diff([ended["running"]])["mean_abs"] > 0.1
 
 
 def test_samples_that_waited_for_their_turn_during_an_update_read_the_prompt_anew(engines, folders, tmp_path):
@@ -595,7 +596,7 @@ def test_samples_that_waited_for_their_turn_during_an_update_read_the_prompt_ane
     assert [version for version, _ in first.versions] == [5, 6]
     assert second.versions == third.versions == [(6, 40)]
     reference.load(new)
-    assert near(reference.gap([second, third]))
+    assert near(reference.logprob_diff([second, third]))
 
 
 def test_closed_engine_refuses_and_leaves_no_process(engines):
