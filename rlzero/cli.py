@@ -33,6 +33,26 @@ Overrides = Annotated[
 ]
 
 
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on from the run's newest checkpoint, if it has one; `--resume last-good`: from the newest undamaged.",
+    ),
+]
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"rlzero {installed('rlzero')}")
+        raise typer.Exit
+
+
 @app.command()
 def init(
     name: Annotated[str | None, typer.Argument(help="one of the shipped configs; none lists them")] = None,
@@ -62,9 +82,7 @@ def train(
             "--dry-run", help="Print the resolved run, its placement and memory; check that the cluster can hold it."
         ),
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one.")
-    ] = False,
+    resume: Resume = False,
     from_dump: Annotated[
         Path | None, typer.Option(help="Only train: one step on what `rlzero generate --dump` saved.")
     ] = None,
@@ -72,8 +90,12 @@ def train(
     """Run reinforcement learning as CONFIG describes it."""
     from rlzero.config.rl import Config
 
-    settings = Config.load(config, overrides or [])
+    resume, changes = _last_good(resume, overrides)
+    settings = Config.load(config, changes)
     if dry_run:
+        from rlzero import launch
+
+        launch.check(settings)
         _show_plan(settings, resolved=True)
         return
     from rlzero import launch
@@ -305,15 +327,14 @@ def sft(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved run and what its rows amount to.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one.")
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """Supervised fine-tuning on conversations, questions with answers, text, or a dump of `generate`."""
     from rlzero.config.sft import SftConfig
     from rlzero.report.display import counting
 
-    settings = SftConfig.load(config, overrides or [])
+    resume, changes = _last_good(resume, overrides)
+    settings = SftConfig.load(config, changes)
     from rlzero.stages import sft as stage
 
     if dry_run:
@@ -323,6 +344,15 @@ def sft(
         typer.echo("\n".join(prepared.describe()))
         return
     typer.echo(str(stage.train(settings, resume, typer.echo)))
+
+
+def _last_good(resume: bool, overrides: list[str] | None) -> tuple[bool | str, list[str]]:
+    """Takes the word last-good of `--resume last-good` out of what looks like changes to the config."""
+    changes = list(overrides or [])
+    if resume and "last-good" in changes:
+        changes.remove("last-good")
+        return "last-good", changes
+    return resume, changes
 
 
 def _numbers(line: dict[str, float]) -> str:

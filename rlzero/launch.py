@@ -6,67 +6,59 @@ import asyncio
 from pathlib import Path
 
 from rewards.load import RewardError, load_reward
-from rlzero import interrupt
+from rlzero import interrupt, run_folder
 from rlzero.cluster.actors import TrainerDied
 from rlzero.config.read import UsageError
 from rlzero.config.rl import Config
 from rlzero.data import dump
-from rlzero.data.prompts import load_tokenizer
-from rlzero.lock import alone
+from rlzero.data.prompts import load_prompts, load_tokenizer
 from rlzero.report.display import Display
-from rlzero.report.log import FILES, RunLog
+from rlzero.report.log import RunLog
 from rlzero.rl import loop
 from rlzero.rl.groups import Group, grade, to_samples
-from rlzero.rl.run import Run, Stopped, checkpoints, policy_options
+from rlzero.rl.rollouts import Stopped
+from rlzero.rl.run import Run, checkpoints, policy_options
 from trainer.checkpoint import checkpoint
 from trainer.trainer import Trainer
 
 RESUMES = 3  # times that a run goes on by itself after its trainer died
 
 
-def train(config: Config, resume: bool) -> None:
+def train(config: Config, resume: bool | str) -> None:
     """The whole run. A trainer that dies ends in a resume from the newest checkpoint; a signal saves and raises
     `interrupt.Interrupted`. Raises `UsageError` where a run of that name is there already and `resume` is not asked
-    for, and where another process trains in its folder."""
+    for, and what `run_folder.claimed` does."""
     check_rewards(config)
-    with alone(config.run_dir):
-        _train_alone(config, resume)
-
-
-def _train_alone(config: Config, resume: bool) -> None:
-    newest = checkpoint.latest(checkpoints(config.run_dir))
-    begun = newest is not None or any((config.run_dir / name).exists() for name in FILES)
-    if begun and not resume:
-        raise UsageError(
-            f"{config.run_dir}: holds a run already; go on with --resume, give this one another name (name=...), or "
-            "remove the folder"
-        )
-    if begun and newest is None:
-        RunLog(config.run_dir).rewind(0, evaluations=False)  # killed before its first checkpoint: starts over
-    with Display(config) as watch:
-        if newest is not None and newest.name == f"step-{config.steps:06d}":
+    with run_folder.claimed(config.run_dir, resume) as newest, Display(config) as watch:
+        if newest is None:
+            RunLog(config.run_dir).rewind(0, evaluations=False)  # of a run killed before its first checkpoint
+        elif newest.name == f"step-{config.steps:06d}":
             watch(f"the run has all its {config.steps} steps already", {})
             return
         for attempt in range(RESUMES + 1):
             try:
-                asyncio.run(_train(config, resume, watch))
+                asyncio.run(_train(config, newest is not None, watch))
                 return
             except TrainerDied as error:
                 newest = checkpoint.latest(checkpoints(config.run_dir))
                 if attempt == RESUMES or newest is None:
                     raise
                 watch(f"{error}; going on from {newest.name}", {})
-                resume = True
 
 
 async def _train(config: Config, resume: bool, watch: Display) -> None:
+    loop_here = asyncio.get_running_loop()
     async with Run(config, resume=resume, watch=watch) as run:
-        asked = asyncio.get_running_loop().call_soon_threadsafe
-        with interrupt.graceful(lambda number: asked(run.stop, number)):
-            try:
-                await loop.train(run)
-            except Stopped:
-                await run.save(run.step)
+        try:
+            with interrupt.graceful(lambda number: loop_here.call_soon_threadsafe(run.stop, number)):
+                try:
+                    await loop.train(run)
+                except Stopped:
+                    await run.save(run.step)
+        except TrainerDied as error:
+            if run.stopping:  # nothing is left that could save
+                raise interrupt.Interrupted(run.stopping) from error
+            raise
         if run.stopping and run.step < config.steps:
             watch(f"stopped before step {run.step + 1}; `rlzero train ... --resume` goes on", {})
             raise interrupt.Interrupted(run.stopping)
@@ -100,6 +92,14 @@ def train_from_dump(config: Config, path: Path, resume: bool) -> dict[str, float
             raise UsageError(f"{config.run_dir}: has no checkpoint to take the weights from; leave out --resume")
         trainer.load(newest)
     return trainer.step(loop.minibatches(to_samples(graded, config.algorithm), config))
+
+
+def check(config: Config) -> None:
+    """What a run reads before it starts anything: rewards, tokenizer, data. Raises `UsageError`."""
+    check_rewards(config)
+    tokenizer = load_tokenizer(config.policy.path)
+    for part in ("train", "evaluation") if config.data.evaluation else ("train",):
+        load_prompts(config, tokenizer, part)
 
 
 def check_rewards(config: Config) -> None:

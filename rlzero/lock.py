@@ -7,11 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from rlzero.config.read import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +38,3 @@ class Lock:
 
     def release(self) -> None:
         self._file.close()
-
-
-@contextmanager
-def alone(run_dir: Path) -> Iterator[None]:
-    """Inside, no other process trains in the run's folder. Raises `UsageError` where one does, or where the folder
-    cannot be written."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = Lock(run_dir / "lock")
-    except InUse as error:
-        raise UsageError(
-            f"{run_dir}: {error} trains in this folder; wait for it, end it, or give this run another name (name=...)"
-        ) from None
-    except OSError as error:
-        why = f"{run_dir}: cannot be written ({error.strerror}); set output_dir to a folder that can"
-        raise UsageError(why) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -39,8 +39,8 @@ def start(**options: Any) -> None:
             _kill(process for process in psutil.Process().children(recursive=True) if process not in children)
             if "AF_UNIX path length" in str(error):
                 raise ClusterError(
-                    f"Ray keeps its sockets under {utils.get_default_ray_temp_dir()}, a path too long for them "
-                    f"({error}); set RAY_TMPDIR to a shorter folder, for example /tmp"
+                    f"the path of the folder where Ray keeps its sockets is too long for them ({error}); set "
+                    "RAY_TMPDIR to a shorter one, for example /tmp"
                 ) from error
             if isinstance(error, OSError) and error.filename:
                 raise ClusterError(
@@ -51,9 +51,9 @@ def start(**options: Any) -> None:
                 raise
             if attempt == TRIES - 1:
                 raise ClusterError(
-                    f"Ray did not start in {TRIES} tries of 30 s each: {os.cpu_count()} core(s) have a load of "
-                    f"{os.getloadavg()[0]:.1f}, {psutil.virtual_memory().available / 2**30:.1f} GiB of memory are "
-                    "free; start the run when the machine has less to do"
+                    f"Ray did not start in {TRIES} tries of 30 s each: {os.cpu_count()} core(s) have a load "
+                    f"of {os.getloadavg()[0]:.1f}, {psutil.virtual_memory().available / 2**30:.1f} GiB of memory are "
+                    "free. Start the run when the machine has less to do"
                 ) from error
     node = ray._private.worker._global_node
     node.kill_all_processes = lambda **_: _end(node)

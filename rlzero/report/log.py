@@ -129,7 +129,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = [line for line in text.split("\n") if line]
     if text and not text.endswith("\n"):
         lines.pop()
-    return [json.loads(line) for line in lines]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise UsageError(f"{path}:{number}: is damaged ({error}); delete that line and go on") from error
+    return found
 
 
 class _TensorBoard:
@@ -168,8 +174,8 @@ class _Wandb:
 def _require(tracker: str) -> None:
     if tracker != "tensorboard" and importlib.util.find_spec(tracker) is None:
         raise UsageError(
-            f"tracking: {tracker} is named in the config but not installed; pip install 'rlzero[tracking]', or take it "
-            "out of tracking"
+            f"tracking: {tracker} is named in the config but not installed; in the repository, `pip install "
+            "'.[tracking]'`, or take it out of tracking"
         )
 
 

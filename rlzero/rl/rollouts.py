@@ -18,6 +18,10 @@ from rollout.engine import Prompt, Request, Rollout, Sampling
 MOST_CARRIED = 8
 
 
+class Stopped(Exception):
+    """The run was asked to end: nothing more is written; what was finished is saved."""
+
+
 @dataclass(eq=False)
 class OpenGroup:
     """A group that is not complete and scored yet, or not taken yet."""
@@ -97,7 +101,13 @@ class Writer:
         await self._until(lambda: not self.pool.has(ids))  # those that had ended are on their way
         return sum(len(rollout.tokens) for rollout in stopped)
 
+    def stop(self) -> None:
+        """Whoever waits for groups, of a step or of an evaluation, gets `Stopped`."""
+        self._failure = Stopped()
+        self._news.set()
+
     def close(self) -> None:
+        """Ends the tasks that carry rollouts and scores."""
         for task in self._tasks.values():
             task.cancel()
 
@@ -125,7 +135,7 @@ class Writer:
             try:
                 await work()
             except Exception as error:  # whoever waits for groups raises it
-                self._failure = error
+                self._failure = self._failure or error
             self._news.set()
 
         if name not in self._tasks or self._tasks[name].done():

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rewards.workers.runner import RewardRunner
 from rlzero.cluster.engines import EnginePool
 from rlzero.cluster.placement import engine_gpus, on_gpus
@@ -37,13 +39,11 @@ from trainer.policy import PolicyOptions
 
 logger = logging.getLogger(__name__)
 
+EXPLODED_NATS = 200.0  # a policy that is so much surer of the wrong token is no policy any more
+
 
 class RunError(RuntimeError):
     """The run cannot go on; the message says what was found and what to do. Exit code 1."""
-
-
-class Stopped(Exception):
-    """Somebody pressed Ctrl-C; what was finished is saved."""
 
 
 class Run:
@@ -58,7 +58,7 @@ class Run:
         self.sleep_level = plan.sleep_level(config)  # of engines while the trainer works; 0: nobody ever sleeps
         self.dir = config.run_dir
         self.step = 0  # the next step to train
-        self.stopping = 0  # the number of the signal that asked for the end
+        self.stopping = 0  # the signal that asked the run to end
         self.tokenizer = load_tokenizer(config.policy.path)
         self.prompts = PromptStream(load_prompts(config, self.tokenizer, "train"), config.seed)
         self.held_out = load_prompts(config, self.tokenizer, "evaluation") if config.data.evaluation else None
@@ -74,11 +74,11 @@ class Run:
         self._evaluated = -1  # the last step before which an evaluation was, if it was due
         self._published = asyncio.Condition()  # a version, or an evaluation
         self._writing: asyncio.Task | None = None  # collects the groups of coming steps
-        self._answering: asyncio.Task | None = None  # of an evaluation
         self._taken_from: deque[tuple[int, dict]] = deque(maxlen=config.staleness + 2)  # data position before a step
         self._written: dict[int, RolloutStats] = {}
         self._step_metrics: dict[str, float] = {}
         self._step_began_s = time.monotonic()
+        self._first_mean: float | None = None  # log-probability of a token of the probe, when the run began
 
     # --- start and end -----------------------------------------------------------------------------------------------
 
@@ -132,14 +132,12 @@ class Run:
         self.rewards.close()
         self.cluster.__exit__()
 
-    def stop(self, signal_number: int = signal.SIGINT) -> None:
-        """Asks the run to end: at once where nothing is lost (completions, an evaluation), else after the update in
-        flight."""
-        self.stopping = signal_number
-        self.watch("stopping", {"step": self.step})
-        for task in (self._writing, self._answering):
-            if task is not None:
-                task.cancel()
+    def stop(self, number: int) -> None:
+        """Asks the run to end because of signal `number`: at once where nothing is lost, else after the update in
+        flight, whose boundary is saved."""
+        self.stopping = number
+        self.watch(f"stopping ({signal.Signals(number).name})", {"step": self.step})
+        self.writer.stop()
 
     def error(self, message: str) -> RunError:
         return RunError(message)
@@ -183,8 +181,6 @@ class Run:
             await asyncio.wait({graded, self._writing}, return_when=asyncio.FIRST_COMPLETED)
             if not graded.done() and self._writing.done():
                 graded.cancel()
-                if self._writing.cancelled() and self.stopping:
-                    raise Stopped
                 self._writing.result()  # raises what stopped the writing
             yield await graded
 
@@ -233,6 +229,7 @@ class Run:
         trained, scores = await asyncio.gather(
             self.trainer.call("score", sequences, temperature), self.weight_sync.score(sequences, temperature)
         )
+        self._check_weights(version, float(np.mean(np.concatenate(trained))))
         for worker, written in zip(self.pool.workers, scores, strict=True):
             gap = probe.worst_logprob_diff(written, trained, self.far)
             self._step_metrics["sync_gap"] = max(gap["mean_abs"], self._step_metrics.get("sync_gap", 0.0))
@@ -244,6 +241,18 @@ class Run:
                     "the engine's release (README, supported versions)"
                 )
         self.far = {}
+
+    def _check_weights(self, version: int, mean: float) -> None:
+        """Raises `RunError` where an update has left a policy that nothing can be made of, before it is saved. `mean`:
+        its log-probability of a token of the probe, nats."""
+        if self._first_mean is None:
+            self._first_mean = mean
+        if not mean > 10 * self._first_mean - EXPLODED_NATS:
+            raise RunError(
+                f"step {version}: the update has destroyed the weights: a token of the probe has a log-probability of "
+                f"{mean:.3g}, {self._first_mean:.3g} when the run began. Nothing of it is saved; lower optimizer.lr "
+                f"({self.config.optimizer.lr:g}) and go on with --resume"
+            )
 
     async def refresh_reference(self, step: int) -> None:
         """The reference model becomes the policy every `algorithm.reference_refresh_steps` steps."""
@@ -272,7 +281,8 @@ class Run:
         written.partial = len(self.writer.carried)
 
     def record(self, step: int, graded: Graded, metrics: dict[str, float]) -> None:
-        """Writes the step's line of metrics and, now and then, what the policy wrote."""
+        """Writes the step's line of metrics and what the policy wrote. From here on the next step is `step + 1`."""
+        self.step = step + 1
         line = {"step": step, **self._written.pop(step).metrics(self.config.rewards), **metrics}
         line |= staleness(graded.groups, trained_version=step) | self.pool.shares()
         line |= self._step_metrics | {"worker_restarts": self.pool.restarts, "policy_version": self.version}
@@ -297,14 +307,7 @@ class Run:
 
     async def _evaluate(self, step: int) -> None:
         began_s, questions, samples = time.monotonic(), list(self.held_out), self.config.evaluation.samples
-        answers = self.writer.all(evaluate.tag(step), questions, samples, evaluate.sampling(self.config))
-        self._answering = asyncio.create_task(answers)
-        try:
-            groups = await self._answering
-        except asyncio.CancelledError:
-            if self.stopping:
-                raise Stopped from None
-            raise
+        groups = await self.writer.all(evaluate.tag(step), questions, samples, evaluate.sampling(self.config))
         result = evaluate.summarise(groups, self.config.rewards)
         self.log.evaluation({"step": step, **result, "time_s": time.monotonic() - began_s})
         self.log.evaluation_samples(step, groups, self.config.rewards)

@@ -21,13 +21,12 @@ from typing import Any
 
 import yaml
 
-from rlzero import interrupt
+from rlzero import interrupt, run_folder
 from rlzero.config.read import UsageError
 from rlzero.config.sft import SftConfig
 from rlzero.data.examples import Examples, Progress, load_examples, load_sft_tokenizer
-from rlzero.lock import alone
 from rlzero.report.display import counting
-from rlzero.report.log import FILES, RunLog
+from rlzero.report.log import RunLog
 from rlzero.stages.export import export
 from trainer.batch import Batch
 from trainer.checkpoint import checkpoint
@@ -130,36 +129,25 @@ def prepare(config: SftConfig, progress: Progress = lambda done, total: None) ->
     return Prepared(config, tokenizer, train, held_out, plan, text_end(folder, tokenizer, train.ends(tokenizer)))
 
 
-def train(config: SftConfig, resume: bool, say: Say = lambda line: None) -> Path:
-    """The whole run; returns the folder of the trained model. A signal saves and raises `interrupt.Interrupted`. Raises
-    `UsageError` where a run of that name is there already and `resume` is not asked for, and where another process
-    trains in its folder."""
-    rank = rank_here(config.parallel)
-    with alone(config.run_dir) if rank == 0 else nullcontext():
-        return _train_alone(config, resume, say, rank)
-
-
-def _train_alone(config: SftConfig, resume: bool, say: Say, rank: int) -> Path:
-    folder = config.run_dir
+def train(config: SftConfig, resume: bool | str, say: Say = lambda line: None) -> Path:
+    """The whole run; returns the folder of the trained model. A signal saves and raises
+    `interrupt.Interrupted`. Raises `UsageError` where the folder cannot be had (`run_folder.claimed`)."""
+    folder, rank = config.run_dir, rank_here(config.parallel)
     if rank:
         say = _say_nothing
-    newest = checkpoint.latest(folder / "checkpoints")
-    if not resume and (newest is not None or any((folder / name).exists() for name in FILES)):
-        raise UsageError(
-            f"{folder}: holds a run already; go on with --resume, give this one another name (name=...), or remove "
-            "the folder"
-        )
-    with counting("reading") as progress:
-        prepared = prepare(config, progress)
-    for line in prepared.describe():
-        say(line)
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.resolved_yaml())
-    run = SftRun(prepared, rank, say)
-    run.start(newest)
-    with run.interruptible():
-        return run.finish() if run.work() else _stopped(run)
+    with run_folder.claimed(folder, resume) if rank == 0 else nullcontext(None) as newest:
+        if rank:
+            newest = checkpoint.latest(folder / "checkpoints")
+        with counting("reading") as progress:
+            prepared = prepare(config, progress)
+        for line in prepared.describe():
+            say(line)
+        if rank == 0:
+            (folder / "config.yaml").write_text(config.resolved_yaml())
+        run = SftRun(prepared, rank, say)
+        run.start(newest)
+        with run.interruptible():
+            return run.finish() if run.work() else _stopped(run)
 
 
 def rank_here(parallel: ParallelOptions) -> int:
@@ -171,7 +159,8 @@ def rank_here(parallel: ParallelOptions) -> int:
     if started != parallel.ranks or "RANK" not in os.environ:
         raise UsageError(
             f"parallel: dp {parallel.dp} x pp {parallel.pp} are {parallel.ranks} processes, found {started}; start "
-            f"them with `torchrun --nproc-per-node {parallel.ranks} -m rlzero.cli sft ...` (more nodes: see torchrun)"
+            f"them with `torchrun --nproc-per-node {parallel.ranks} --no-python rlzero sft ...` (more nodes: see "
+            "torchrun)"
         )
     return int(os.environ["RANK"])
 
@@ -182,7 +171,7 @@ def _say_nothing(line: str) -> None:
 
 def _stopped(run: SftRun) -> Path:
     run.say(f"stopped before step {run.step + 1}; `rlzero sft ... --resume` goes on")
-    raise interrupt.Interrupted(run.signal)
+    raise interrupt.Interrupted(run.stopping or signal.SIGINT)
 
 
 class SftRun:
@@ -195,7 +184,7 @@ class SftRun:
         self.dir = config.run_dir
         self.log = RunLog(self.dir, config.tracking, yaml.safe_load(config.resolved_yaml())) if rank == 0 else None
         self.step = 0  # the next one
-        self.stopping, self.signal = False, int(signal.SIGINT)
+        self.stopping = 0  # the signal that asked the run to end
         held_out = prepared.held_out
         self.held_out: list[Batch] = (
             pack([row.sample for row in held_out], config.tokens_per_micro_batch) if held_out is not None else []
@@ -310,7 +299,7 @@ class SftRun:
         """The first signal ends the run after the step in flight, a second Ctrl-C at once."""
 
         def stop(number: int) -> None:
-            self.stopping, self.signal = True, number
+            self.stopping = number
             self.say("stopping after this step")
 
         try:

@@ -116,7 +116,7 @@ class Train:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
         path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))  # where packages lie there
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *self.command, str(config), *arguments],
+            [sys.executable, "-P", "-m", *self.command, str(config), *arguments],
             env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             cwd=config.parent, start_new_session=True, stdout=self.output, stderr=subprocess.STDOUT,
         )  # fmt: skip

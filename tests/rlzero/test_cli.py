@@ -177,7 +177,7 @@ def test_the_plan_counts_the_models_parameters_exactly(policy, config_file):
         ("data.max_prompt_tokens=3", "prompts are longer than the 3 tokens"),
         ("rewards.0.fn=rlzero.examples.countdown:none", "rewards that cannot be used"),
         ("rewards.0.fn=./nowhere.py:reward", "rewards that cannot be used"),
-        ("policy.path=/nowhere", "/nowhere: no tokenizer could be loaded"),
+        ("policy.path=/nowhere", "/nowhere: no such folder"),
         ("rollout.max_tokens=1000", "longer than the policy's context of 512 tokens"),
     ],
 )

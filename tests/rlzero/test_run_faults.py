@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from rlzero import run_folder
 from rlzero.cluster.actors import ClusterError, TrainerDied
 from rlzero.config.rl import Config
 from rlzero.report.log import read_lines
@@ -120,6 +121,40 @@ def test_files_named_like_the_products_packages_do_no_harm(write_config, tmp_pat
         (tmp_path / f"{name}.py").write_text("x = 1\n")
     with Train(config) as train:
         assert train.wait(100) == 0, train.text
+
+
+def test_sigterm_to_every_process_saves_and_the_resumed_run_equals_the_uninterrupted_one(
+    finished, write_config, tmp_path
+):
+    """As Slurm sends it: Ray's own processes and the actors get it, too."""
+    config = write_config(tmp_path)
+    with Train(config) as train:
+        train.wait_for_step(1)
+        for process in train.family():
+            process.send_signal(signal.SIGTERM)
+        assert train.wait(30) == 143, train.text
+        assert not train.left_behind(10.0)
+    with Train(config, "--resume") as train:
+        assert train.wait() == 0, train.text
+    assert weights(train.run_dir) == weights(finished)
+    assert told(train.run_dir) == told(finished)
+
+
+def test_an_update_that_destroys_the_weights_is_not_saved(write_config, tmp_path):
+    with Train(write_config(tmp_path, **{"optimizer.lr": 1e3, "optimizer.warmup_steps": 0})) as train:
+        assert train.wait() == 1
+        assert "has destroyed the weights" in train.text, train.text
+    assert checkpoint.latest(train.run_dir / "checkpoints") is None
+
+
+def test_last_good_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
+    for step in (1, 2):
+        with checkpoint.writing(tmp_path / "checkpoints" / f"step-{step:06d}") as partial:
+            (partial / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "checkpoints/step-000002/model.safetensors").write_bytes(b"damaged")
+    with run_folder.claimed(tmp_path, "last-good") as newest:
+        assert newest is not None and newest.name == "step-000001"
+    assert (tmp_path / "checkpoints/step-000002.damaged").is_dir()  # nothing is thrown away
 
 
 def listening(processes: list[psutil.Process]) -> set[str]:

@@ -35,6 +35,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read. The message says what to do."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint is not as it was written."""
+
+
 def latest(folder: str | Path) -> Path | None:
     """The checkpoint `step-N` in `folder` with the highest N, or None. What a killed run left unfinished is never
     returned."""
@@ -112,7 +116,7 @@ def verify(folder: str | Path) -> None:
         manifest = json.loads(path.read_text())
         version, files = manifest["format"], manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}): {_instead(folder)}") from error
+        raise DamagedError(f"{path} is damaged ({error!r}): {_instead(folder)}") from error
     if version != FORMAT:
         raise CheckpointError(f"{folder} has checkpoint format {version}, this release reads {FORMAT}")
     damaged = []
@@ -124,11 +128,24 @@ def verify(folder: str | Path) -> None:
         elif _describe(folder / name) != expected:
             damaged.append(f"{name} is not what was written (CRC-32)")
     if damaged:
-        raise CheckpointError(f"{folder} is damaged: {'; '.join(damaged)}. {_instead(folder)}")
+        raise DamagedError(f"{folder} is damaged: {'; '.join(damaged)}. {_instead(folder)}")
+
+
+def set_aside_damaged(folder: str | Path) -> list[Path]:
+    """Renames the newest checkpoints of `folder` that are damaged to `step-N.damaged`, down to the first that is as it
+    was written, which `latest` then returns; returns their new paths."""
+    aside = []
+    for path in reversed(_checkpoints(Path(folder))):
+        try:
+            verify(path)
+            break
+        except DamagedError:
+            aside.append(path.rename(path.with_name(f"{path.name}.damaged")))
+    return aside
 
 
 def _instead(folder: Path) -> str:
-    return f"Delete {folder.name} to resume from the checkpoint before it"
+    return f"Resume from the checkpoint before it with `--resume last-good`, or delete {folder.name}"
 
 
 def _checkpoints(folder: Path) -> list[Path]:
