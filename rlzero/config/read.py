@@ -156,17 +156,17 @@ def known_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     names: list[str] = []
     for key, field in model.model_fields.items():
         names.append(prefix + key)
-        inner = _record_type(field.annotation)
+        inner = record_type(field.annotation)
         if inner is not None:
             names += known_names(inner, f"{prefix}{key}.")
     return names
 
 
-def _record_type(annotation: Any) -> type[BaseModel] | None:
+def record_type(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model inside an annotation (`M`, `M | None`, `tuple[M, ...]`), if there is one."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, BaseModel) else None
-    return next((m for arg in typing.get_args(annotation) if (m := _record_type(arg)) is not None), None)
+    return next((m for arg in typing.get_args(annotation) if (m := record_type(arg)) is not None), None)
 
 
 def _dotted(loc: Sequence[str | int]) -> str:

@@ -1,4 +1,4 @@
-"""The pages of docs/: every metric is explained, every YAML block is a config, every link leads somewhere."""
+"""What the docs show is what the program takes: every YAML block loads, and the reference is the models'."""
 
 import re
 from pathlib import Path
@@ -6,57 +6,38 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlzero.config.read import ConfigError
+from rlzero.config.reference import reference
 from rlzero.config.rl import Config
 from rlzero.config.sft import SftConfig
-from rlzero.report.log import read_lines
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-# What a block leaves out: a run's or a fine-tuning's least.
-RL = {"policy": {"path": "base"}, "data": {"train": "rows.jsonl"}, "rewards": [{"fn": "rewards.math:math_reward"}]}
-SFT = {"policy": {"path": "base"}, "data": {"train": "rows.jsonl"}, "rows_per_step": 8}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
-    pytest.param(yaml.safe_load(text), id=f"{page.stem}-{number}")
+    pytest.param(block, id=f"{page.stem}-{number}")
     for page in PAGES
-    for number, text in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.S))
+    for number, block in enumerate(re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S))
 ]
+RUN = {"policy": {"path": "base"}, "data": {"train": "countdown"}, "rewards": [{"fn": "rewards.math:math_reward"}]}
+TUNING = {"policy": {"path": "base"}, "data": {"train": "rows.jsonl"}, "rows_per_step": 4}
 
 
-def explained(page: Path) -> re.Pattern:
-    """A pattern for the names in the first column of a page's tables; `<n>` is a number, `<name>` anything."""
-    cells = [line.split("|")[1] for line in page.read_text().split("\n") if line.startswith("| `")]
-    names = [re.escape(name) for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
-    wild = {"<n>": r"\d+", "<name>": r"\w+", "<metric>": ".+"}
-    return re.compile("|".join(re.sub("<.*?>", lambda found: wild[found[0]], name) for name in names))
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_yaml_block_is_a_config_or_a_part_of_one(block):
+    part = yaml.safe_load(block)
+    part = {"rewards": part} if isinstance(part, list) else part
+    model, whole = (Config, RUN) if set(part) <= set(Config.model_fields) else (SftConfig, TUNING)
+    if model is SftConfig and "tokens_per_step" in part:
+        whole = {**TUNING, "rows_per_step": None}
+    tree = {**whole, **{k: {**whole[k], **v} if isinstance(whole.get(k), dict) else v for k, v in part.items()}}
+    model.load(tree)
 
 
-def test_every_name_that_runs_write_stands_in_the_page_of_metrics(finished):
-    known = explained(ROOT / "docs" / "metrics.md")
-    lines = [line for file in ("metrics.jsonl", "evals.jsonl") for line in read_lines(finished / file)]
-    written = {name for line in lines for name in line}
-    assert len(written) > 50 and [name for name in sorted(written) if not known.fullmatch(name)] == []
+def test_the_reference_of_all_fields_is_what_the_models_say():
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert page == reference(), "run `python -m rlzero.config.reference > docs/config.md`"
 
 
-@pytest.mark.parametrize("fields", BLOCKS)
-def test_a_yaml_block_is_part_of_a_config(fields):
-    fields = {"rewards": fields} if isinstance(fields, list) else fields
-
-    def over(base: dict) -> dict:
-        return {key: {**base.get(key, {}), **fields[key]} if isinstance(fields.get(key), dict) else
-                fields.get(key, base.get(key)) for key in {**base, **fields}}  # fmt: skip
-
-    try:
-        Config.load(over(RL))
-    except ConfigError:
-        SftConfig.model_validate(over(SFT))
-
-
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
-def test_links_and_named_pages_are_there(page):
-    text = page.read_text()
-    links = [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
-    missing = [link for link in links if link and not (page.parent / link).exists()]
-    missing += [name for name in re.findall(r"`((?:docs|configs|rlzero|rewards|rollout|trainer)/[\w./-]+\.\w+)`", text)
-                if not (ROOT / name).exists()]  # fmt: skip
-    assert missing == []
+def test_the_shipped_run_of_r1_zero_takes_the_columns_that_its_comment_names(tmp_path):
+    config = Config.load(ROOT / "configs" / "r1-zero.yaml")
+    assert "columns `question` and `answer`" in (ROOT / "configs" / "r1-zero.yaml").read_text()
+    assert (config.data.prompt_column, config.data.answer_column) == ("question", "answer")
