@@ -1,8 +1,8 @@
-"""Attention over packed documents, in the form that models of transformers call.
+"""Attention over packed sequences, in the form that models of transformers call.
 
-Everything but attention works on the packed tokens as they are. Attention takes the documents out into a few padded
+Everything but attention works on the packed tokens as they are. Attention takes the sequences out into a few padded
 groups of similar length (trainer.model.documents): with a causal mask and padding on the right no token ever sees
-padding, so the plain causal kernels serve, without a mask in memory and without work between documents.
+padding, so the plain causal kernels serve, without a mask in memory and without work between sequences.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Layout:
         self.source: Int[Tensor, " padded"] = grouped.source  # the packed token in every padded place
         self.place: Int[Tensor, " n"] = grouped.place  # the padded place of every packed token
 
-    def pad(self, x: Float[Tensor, "n ..."]) -> list[Float[Tensor, "documents longest ..."]]:
+    def pad(self, x: Float[Tensor, "n ..."]) -> list[Float[Tensor, "sequences longest ..."]]:
         """The groups of `x`; only for values whose padding reaches nothing that `unpad` keeps."""
-        sizes = [documents * longest for documents, longest in self.shapes]
+        sizes = [sequences * longest for sequences, longest in self.shapes]
         return [
             part.unflatten(0, shape)
             for part, shape in zip(_Pad.apply(x, self.source, self.place).split(sizes), self.shapes, strict=True)
         ]
 
-    def unpad(self, groups: list[Float[Tensor, "documents longest ..."]]) -> Float[Tensor, "n ..."]:
+    def unpad(self, groups: list[Float[Tensor, "sequences longest ..."]]) -> Float[Tensor, "n ..."]:
         """The packed tokens of padded groups."""
         flat = [group.flatten(0, 1) for group in groups]
         return (torch.cat(flat) if len(flat) > 1 else flat[0]).index_select(0, self.place)
@@ -67,7 +67,7 @@ def attend(
     softcap: float | None = None,
     **unused,
 ) -> tuple[Float[Tensor, "1 n heads value_width"], None]:
-    """Every token's attention to those of its document before it (the last `sliding_window`, where there is one).
+    """Every token's attention to those of its sequence before it (the last `sliding_window`, where there is one).
     Dropout is ignored: log-probabilities with noise in them have no ratio. Raises NotImplementedError for what it
     does not compute (softcapping, sinks, position biases)."""
     unknown = [name for name in ("s_aux", "position_bias") if unused.get(name) is not None]
@@ -76,7 +76,7 @@ def attend(
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     query, key, value = (layout.pad(x[0].transpose(0, 1)) for x in (query, key, value))
-    # a group: [documents, longest, heads, width]
+    # a group: [sequences, longest, heads, width]
     for q, k, v in zip(query, key, value, strict=True):
         longest = q.shape[1]
         window = None

@@ -18,6 +18,7 @@ from trainer import hf_attention as packed_attention
 from trainer.batch import Batch
 from trainer.checkpoint.folder import FolderReader, FolderWriter, mismatches
 from trainer.checkpoint.hf import SHARD_BYTES, layout
+from trainer.checkpoint.model_folder import switches
 from trainer.hf_attention import Layout
 from trainer.hf_model import TOLERANCE, hold_rotation, load_config, load_model, named_tensors
 from trainer.packing import Sample, pack, to_device
@@ -25,9 +26,12 @@ from trainer.policy import Head, Policy, PolicyOptions
 
 log = logging.getLogger(__name__)
 
+FARTHEST = 512  # tokens of a sliding window or the like that the check at loading still goes past
+
+
 class TransformersPolicy(Policy):
     """Runs packed wherever the model's attention goes through transformers' interface and nothing else mixes tokens;
-    otherwise documents of similar length go padded through the model. Which one is found by a probe when it is
+    otherwise sequences of similar length go padded through the model. Which one is found by a probe when it is
     loaded, and logged."""
 
     module: PreTrainedModel
@@ -76,7 +80,7 @@ class TransformersPolicy(Policy):
     def _padded(self, batch: Batch, layout: Layout) -> Float[Tensor, "n hidden"]:
         real = torch.zeros_like(layout.source)
         real[layout.place] = 1
-        sizes = [documents * longest for documents, longest in layout.shapes]
+        sizes = [sequences * longest for sequences, longest in layout.shapes]
         groups = zip(
             batch.tokens[layout.source].split(sizes), batch.positions[layout.source].split(sizes), real.split(sizes),
             layout.shapes, strict=True,
@@ -132,18 +136,20 @@ class TransformersPolicy(Policy):
         self.module.load_state_dict(other.state_dict())
 
     def _choose_form(self) -> None:
-        """The first form that gives the log-probabilities of the model's own eager code, one document at a time. (Not
+        """The first form that gives the log-probabilities of the model's own eager code, one sequence at a time. (Not
         every kernel does: SDPA leaves out Gemma 2's softcapping without a word.) Raises ValueError if none does."""
         vocabulary = min(self.vocabulary, 1000)
-        documents = [[(7 * i + 3) % vocabulary for i in range(n)] for n in (6, 9)]
-        (batch,) = pack([Sample(d[:1], d[1:]) for d in documents], 64)
+        reach = min(FARTHEST, self.max_positions - 8)
+        borders = [n + 8 for n in switches(self.module.config.to_dict()) if n <= reach]
+        sequences = [[(7 * i + 3) % vocabulary for i in range(n)] for n in (6, 9, *borders)]
+        (batch,) = pack([Sample(s[:1], s[1:]) for s in sequences], sum(map(len, sequences)))
         default = self.module.config._attn_implementation
         self.module.set_attn_implementation("eager")
         assert batch.sequence_ids is not None
         # a model with small weights hides a missing softcap from the probe
         capped = getattr(self.module.config.get_text_config(), "attn_logit_softcapping", None) is not None
         padded = "eager" if capped else default
-        expected = torch.cat([self._stock_logprobs(documents[i]) for i in batch.sequence_ids.tolist()])
+        expected = torch.cat([self._stock_logprobs(sequences[i]) for i in batch.sequence_ids.tolist()])
         failures = []
         for form, implementation in (("packed", packed_attention.NAME), ("padded", padded), ("padded", "eager")):
             self.packed = form == "packed"
@@ -152,8 +158,8 @@ class TransformersPolicy(Policy):
                 continue
             try:
                 self.module.set_attn_implementation(implementation)
-                if self.packed and self._documents_mix(batch):
-                    failures.append("packed: its layers let tokens see those of other documents")
+                if self.packed and self._sequences_mix(batch):
+                    failures.append("packed: its layers let tokens see those of other sequences")
                     continue
                 with torch.no_grad():
                     found, _ = self.logprobs(batch)
@@ -170,8 +176,8 @@ class TransformersPolicy(Policy):
             failures.append(f"{form} with {implementation}: log-probabilities differ from the model's own by {gap:.2g}")
         raise ValueError(f"{type(self.module).__name__} cannot be trained here: {'; '.join(failures)}")
 
-    def _documents_mix(self, batch: Batch) -> bool:
-        """Whether, packed, the second document depends on the first: whether a derivative is not exactly zero."""
+    def _sequences_mix(self, batch: Batch) -> bool:
+        """Whether, packed, the second sequence depends on the first: whether a derivative is not exactly zero."""
         embedded: list[Tensor] = []
         hook = self.module.get_input_embeddings().register_forward_hook(
             lambda layer, inputs, output: embedded.append(output.detach().requires_grad_()) or embedded[0]
@@ -185,9 +191,9 @@ class TransformersPolicy(Policy):
         return bool(gradient.flatten(0, -2)[: batch.bounds[1]].count_nonzero())
 
     @torch.no_grad()
-    def _stock_logprobs(self, document: list[int]) -> Float[Tensor, " n-1"]:
+    def _stock_logprobs(self, sequence: list[int]) -> Float[Tensor, " n-1"]:
         """From the model's own forward pass."""
-        tokens = torch.tensor([document], device=self.device)
+        tokens = torch.tensor([sequence], device=self.device)
         logits = self.module(input_ids=tokens, use_cache=False).logits[0, :-1].float()
         return logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
 

@@ -138,7 +138,7 @@ class TransformersDecoder:
 
     draw = staticmethod(sampler.draw)
 
-    def _read(self, sequences: list[np.ndarray]) -> tuple[Float[Tensor, "documents longest vocab"], DynamicCache]:
+    def _read(self, sequences: list[np.ndarray]) -> tuple[Float[Tensor, "sequences longest vocab"], DynamicCache]:
         """Logits and caches of right-padded sequences: causal attention never looks at the padding behind."""
         longest = max(len(s) for s in sequences)
         tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)

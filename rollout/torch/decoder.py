@@ -69,7 +69,7 @@ def raise_mismatches(expected: dict[str, tuple[int, ...]], found: dict[str, tupl
         raise ValueError(f"these weights do not fit the model the engine was started with:\n  {shown}")
 
 
-def pack(sequences: list[np.ndarray]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Int[Tensor, " documents+1"]]:
+def pack(sequences: list[np.ndarray]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Int[Tensor, " sequences+1"]]:
     """Sequences laid one after the other: tokens, positions within each sequence, bounds."""
     lengths = np.array([len(s) for s in sequences], np.int64)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
