@@ -76,7 +76,7 @@ def _check(which: str) -> Any:
     if which == "ours":
         from rewards import math_reward
 
-        math_reward(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")  # starts the checker's process
+        math_reward(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")  # imports what a comparison needs
         return lambda text, gold: math_reward(text, gold).value == 1.0
     import math_verify
 
@@ -132,11 +132,53 @@ def measure(which: str, cases: list[Case], limit_s: float) -> dict[str, Any]:
     }
 
 
+def generated(data: Path) -> dict[str, dict[str, Any]]:
+    """How we read the spellings, near misses and phrases that benchmarks/reward_cases.py makes of the golds."""
+    import reward_cases
+
+    from rewards import math_reward
+
+    golds = sorted(
+        {gold.strip() for name in ("math500", "math_train_7474") for gold in load_answers(data / f"{name}.jsonl")}
+    )
+    golds += reward_cases.MORE_GOLDS
+    numbers = [
+        answer.rpartition("####")[2].strip().replace(",", "") for answer in load_answers(data / "gsm8k_train.jsonl")
+    ]
+    stated, unstated = reward_cases.sentences([n for n in numbers if n.isdigit() and n != "0"], seed=2)
+    boxed = "<think>x</think>\\boxed{%s}"
+    tagged = "<think>x</think>\n<answer>%s</answer>"
+    worded = [gold for gold in golds if reward_cases.has_parts(gold)]
+    sets = {
+        "other spellings of golds": (boxed, [c for gold in golds for c in reward_cases.spellings(gold)], True),
+        "near misses of golds with words, units, parts": (
+            boxed,
+            [c for gold in worded for c in reward_cases.near_misses(gold)],
+            False,
+        ),
+        "phrases that state the value, no box": (tagged, stated, True),
+        "phrases that do not": (tagged, unstated, False),
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, (form, cases, right) in sets.items():
+        start = time.perf_counter()
+        wrong = [c for c in cases if bool(math_reward(form % c[2], c[1]).value) != right]
+        found[name] = {"cases": len(cases), "wrong": len(wrong), "examples": wrong[:20]}
+        found[name]["per_second"] = len(cases) / (time.perf_counter() - start)
+    return found
+
+
 def speed(data: Path, checks: int, limit_s: float) -> dict[str, Any]:
     """Rates and percentiles on GSM8K-like answers and a MATH mix, without and with 1 % of bombs."""
     found: dict[str, Any] = {}
-    for name, file in (("gsm8k", "gsm8k_test.jsonl"), ("math", "math_train_7474.jsonl")):
+    for name, file in (
+        ("gsm8k", "gsm8k_test.jsonl"),
+        ("math", "math_train_7474.jsonl"),
+        ("latex", "math_train_7474.jsonl"),
+    ):
         golds = load_answers(data / file)
+        if name == "latex":  # as in Big-Math: symbolic answers, no plain numbers
+            golds = [gold for gold in golds if re.search(r"[a-zA-Z^=]", gold)]
         random.Random(1).shuffle(golds)
         clean = responses(golds, checks, seed=2)
         for kind, cases in (("clean", clean), ("1 % bombs", with_bombs(clean))):
@@ -243,6 +285,9 @@ def main() -> None:
             f" ({report['upstream']['share']:.1%})"
         )
     if options.only != "speed":
+        report["generated"] = generated(options.data)
+        for name, row in report["generated"].items():
+            print(f"{name:<48} wrong {row['wrong']:>4} of {row['cases']:>6} ({row['wrong'] / row['cases']:.2%})")
         report["accuracy"] = accuracy(options.data, options.shuffled, options.limit)
         for name, row in report["accuracy"].items():
             undone = (

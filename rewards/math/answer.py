@@ -93,7 +93,8 @@ Answer = Value | Words | Based | Ratio | Group | Union | Matrix | Relation
 
 MAX_PARTS = 200
 _BASE = re.compile(
-    r"(-?)(?:\\text\{)?([0-9A-F]*[0-9][0-9A-F]*)\}?_\{\(?(?:(?:\\text\{base\} ?)?(\d{1,2})|\\text\{(?:base )?(\w+)\})\)?\}"
+    r"(-?)(?:\\text\{)?([0-9A-F]*[0-9][0-9A-F]*)\}?_"
+    r"\{\(?(?:(?:\\text\{base\} ?)?(\d{1,2})|\\text\{(?:base )?(\w+)\})\)?\}"
 )
 _BASE_WORDS = re.compile(r"(-?)([0-9A-F]*[0-9][0-9A-F]*)(?: |\\text\{)(?:in )?base (?:(\d{1,2})|([a-z]+))\}?")
 _BASE_NAMES = {n: i for i, n in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)} | {
