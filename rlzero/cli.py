@@ -116,13 +116,14 @@ def generate(
         Path, typer.Option(help="JSON-lines file to write the scored groups to.", show_default=False)
     ] = ...,
     resume: Annotated[bool, typer.Option("--resume", help="With the weights of the run's newest checkpoint.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps of prompts.")] = 1,
 ) -> None:
-    """Only write and score the completions of one step, without training."""
+    """Only write and score the completions of coming steps, without training."""
     from rlzero import launch
     from rlzero.config.rl import Config
 
     settings = Config.load(config, overrides or [])
-    groups = launch.generate(settings, dump, resume)
+    groups = launch.generate(settings, dump, resume, steps)
     typer.echo(f"{len(groups)} groups, {sum(len(g.rollouts) for g in groups)} completions -> {dump}")
 
 

@@ -64,17 +64,20 @@ async def _train(config: Config, resume: bool, watch: Display) -> None:
             raise interrupt.Interrupted(run.stopping)
 
 
-def generate(config: Config, path: Path, resume: bool) -> list[Group]:
-    """Writes and scores the completions of one step, the next one of the run, and saves them to `path`."""
+def generate(config: Config, path: Path, resume: bool, steps: int = 1) -> list[Group]:
+    """Writes and scores the completions of the run's next `steps` steps with one policy, and saves them to `path`. The
+    run's own folder is read only, so that its training may go on meanwhile."""
     check_rewards(config)
 
     async def write() -> list[Group]:
         with Display(config) as watch:
-            async with Run(config, resume=resume, watch=watch) as run:
-                graded = await loop.collect(run, run.step)
+            async with Run(config, resume=resume, watch=watch, records=False) as run:
+                groups: list[Group] = []
+                for step in range(run.step, run.step + steps):
+                    groups += (await loop.collect(run, step)).groups
                 policy = str(run.start_from or config.policy.path)
-                dump.save(path, graded.groups, config.rewards, step=run.step, policy=policy)
-                return graded.groups
+                dump.save(path, groups, config.rewards, step=run.step, policy=policy)
+                return groups
 
     return asyncio.run(write())
 

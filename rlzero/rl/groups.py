@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float
 
+from rewards.load import RewardError
 from rewards.score import Score
 from rlzero.config.rl import Algorithm, Reward
 from rlzero.rl import advantages
 from rollout.engine import Prompt, Rollout
 from trainer.packing import Sample
+
+LARGEST_REWARD = 1e18  # its square is still a number in FP32
 
 
 @dataclass
@@ -63,6 +66,14 @@ def grade(groups: list[Group], specs: tuple[Reward, ...], algorithm: Algorithm, 
     """Rewards of every completion, overlong punishment included (DAPO, arXiv 2503.14476, eq. 13)."""
     raw = np.stack([group.rewards(specs) for group in groups])  # [groups, samples]
     valid = ~np.isnan(raw)
+    if np.abs(raw[valid]).max(initial=0.0) > LARGEST_REWARD:
+        g, s = np.argwhere(valid & (np.abs(raw) > LARGEST_REWARD))[0]
+        scored = zip(specs, groups[g].scores[s], strict=True)
+        said = ", ".join(f"{spec.fn}: {score.value:g}" for spec, score in scored if score is not None)
+        raise RewardError(
+            f"a reward of {raw[g, s]:g} ({said}): its square, which the advantages need, is no finite number; rewards "
+            f"have to stay within {LARGEST_REWARD:g}, best near 1"
+        )
     rewards = np.where(valid, raw, 0.0)
     degenerate = advantages.zero_variance(rewards, valid)
     buffer_tokens, penalty = algorithm.overlong

@@ -48,9 +48,16 @@ class RunError(RuntimeError):
 
 class Run:
     """Owns everything a run starts and everything it keeps. An async context manager: on leaving, every process is
-    gone. `resume` goes on from the newest checkpoint of the run's folder."""
+    gone. `resume` goes on from the newest checkpoint of the run's folder. Without `records` it writes nothing there and
+    evaluates nothing."""
 
-    def __init__(self, config: Config, resume: bool, watch: Callable[[str, dict], None] = lambda event, data: None):
+    def __init__(
+        self,
+        config: Config,
+        resume: bool,
+        watch: Callable[[str, dict], None] = lambda event, data: None,
+        records: bool = True,
+    ):
         self.config, self.watch = config, watch
         self.gpu = plan.gpu_of(config)
         if self.gpu is not None and (why := plan.shortage(config, self.gpu)):
@@ -61,7 +68,8 @@ class Run:
         self.stopping = 0  # the signal that asked the run to end
         self.tokenizer = load_tokenizer(config.policy.path)
         self.prompts = PromptStream(load_prompts(config, self.tokenizer, "train"), config.seed)
-        self.held_out = load_prompts(config, self.tokenizer, "evaluation") if config.data.evaluation else None
+        evaluates = records and config.data.evaluation is not None
+        self.held_out = load_prompts(config, self.tokenizer, "evaluation") if evaluates else None
         self.policy = policy_options(config, self.tokenizer)
         fields, special = model_fields(config.policy.path), self.tokenizer.all_special_ids
         vocabulary = min(len(self.tokenizer), text_fields(fields).get("vocab_size", len(self.tokenizer)))
@@ -69,7 +77,7 @@ class Run:
         # asked once: which way an engine goes past a window does not change with its weights
         self.far = probe.far_sequences(switches(fields), self.policy.longest, vocabulary, without=special)
         self.start_from = checkpoint.latest(checkpoints(self.dir)) if resume else None
-        self.log = RunLog(self.dir, config.tracking, config.resolved())
+        self.log = RunLog(self.dir, config.tracking, config.resolved()) if records else None
         self.writer: Writer | None = None
         self._evaluated = -1  # the last step before which an evaluation was, if it was due
         self._published = asyncio.Condition()  # a version, or an evaluation
@@ -84,8 +92,8 @@ class Run:
 
     async def __aenter__(self) -> Run:
         config = self.config
-        self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "config.yaml").write_text(config.resolved_yaml())
+        if self.log is not None:
+            (self.dir / "config.yaml").write_text(config.resolved_yaml())
         self.rewards = RewardRunner(
             config.rewards, workers=config.reward_workers, max_error_share=config.max_reward_error_rate
         )
@@ -331,7 +339,8 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.prompts.load_state_dict(state["prompts"])
-        self.log.rewind(self.step)
+        if self.log is not None:
+            self.log.rewind(self.step)
 
 
 def engine(config: Config) -> tuple[str, str]:

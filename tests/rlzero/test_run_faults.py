@@ -14,13 +14,16 @@ from typing import Any
 import psutil
 import pytest
 
+from rewards.load import RewardError
+from rewards.score import Score
 from rlzero import run_folder
 from rlzero.cluster.actors import ClusterError, TrainerDied
-from rlzero.config.rl import Config
+from rlzero.config.rl import Algorithm, Config, Reward
 from rlzero.report.log import read_lines
 from rlzero.rl import loop
-from rlzero.rl.groups import Group
+from rlzero.rl.groups import Group, grade
 from rlzero.rl.run import Run
+from rollout.engine import Prompt, Rollout
 from trainer.checkpoint import checkpoint
 
 from .conftest import STEPS, Train, _title
@@ -145,6 +148,31 @@ def test_an_update_that_destroys_the_weights_is_not_saved(write_config, tmp_path
         assert train.wait() == 1
         assert "has destroyed the weights" in train.text, train.text
     assert checkpoint.latest(train.run_dir / "checkpoints") is None
+
+
+class Generate(Train):
+    command = ("rlzero.cli", "generate")
+
+
+def test_generate_writes_several_steps_beside_a_run_whose_folder_it_leaves_alone(write_config, tmp_path):
+    config = write_config(tmp_path, **{"data.evaluation": "countdown", "data.params": {"count": 64}})
+    before = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    before.parent.mkdir(parents=True)
+    before.write_text('{"step": 0}\n{"step": 1')  # a line that a run is just writing
+    with Generate(config, "--dump", str(tmp_path / "d.jsonl"), "--steps", "2") as command:
+        assert command.wait(100) == 0, command.text
+        assert "6 groups, 18 completions" in command.text
+    assert before.read_text() == '{"step": 0}\n{"step": 1'
+    assert list(before.parent.iterdir()) == [before]
+
+
+def test_rewards_too_large_for_advantages_are_named():
+    spec = Reward(fn="./huge.py:f")
+    rollouts = [Rollout("a/1", s, (1,), [2], [-1.0], [(0, 1)], "stop", "") for s in (0, 1)]
+    group = Group(Prompt("1", "q", (1,), {}), rollouts)
+    group.scores = [[Score(1e300, "correct")], [Score(0.0, "wrong")]]
+    with pytest.raises(RewardError, match=r"1e\+300 \(./huge.py:f: 1e\+300\)"):
+        grade([group], (spec,), Algorithm(), 8)
 
 
 def test_last_good_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
