@@ -407,14 +407,15 @@ def kernels() -> None:
     )  # fmt: skip
     show("order", lambda: triton_route.Order.of(chosen, weights, counts), 8 * n * k)
     order = triton_route.Order.of(chosen, weights, counts)
+    end = order.ends[-1]
     for block, warps in ((2048, 4), (2048, 8), (1024, 4), (512, 1)):
         triton_moe._columns = lambda size, block=block, warps=warps: {"BLOCK": block, "num_warps": warps}
         name = f"block {block}, {warps} warps"
-        show(f"scatter, {name}", lambda: triton_moe.scatter_rows(x, order.place), 2 * (rows + n) * h)
-        show(f"gather + sum, {name}", lambda: triton_moe.gather_sum(source, order.place), 2 * (rows + n) * h)
+        show(f"scatter, {name}", lambda: triton_moe.scatter_rows(x, order.place, target, end), 2 * (rows + n) * h)
+        show(f"gather + sum, {name}", lambda: triton_moe.gather_sum(source, order.place, end), 2 * (rows + n) * h)
         show(
             f"gather + sum + 2, {name}",
-            lambda: triton_moe.gather_sum(source, order.place, x, dx),
+            lambda: triton_moe.gather_sum(source, order.place, end, x, dx),
             2 * (rows + 3 * n) * h,
         )
     gate_up, grad = draw(rows, 2 * wide), draw(rows, wide)

@@ -205,8 +205,8 @@ def test_a_step_never_waits_for_the_device(lengths):
 
 
 def test_experts_give_the_same_bits_in_every_run():
-    from trainer.model.kernels.gpu_moe import experts
-    from trainer.model.kernels.triton_route import Counts
+    from trainer.model.experts import Call, experts_sum
+    from trainer.model.kernels.gpu_moe import KernelRows
 
     g = torch.Generator("cuda").manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=g, device="cuda").to(torch.bfloat16)  # noqa: E731
@@ -216,7 +216,8 @@ def test_experts_give_the_same_bits_in_every_run():
     results = []
     for _ in range(3):
         arrays = [t.clone().requires_grad_() for t in (x, weights, w13, w2)]
-        y = experts(arrays[0], arrays[1], chosen, Counts.of(chosen, 16), arrays[2], arrays[3], None, None)
+        call = Call(lambda chosen, weights: KernelRows.of(chosen, weights, 16), "bf16")
+        y = experts_sum(arrays[0], arrays[1], chosen, arrays[2], arrays[3], None, None, call)
         results.append([y, *torch.autograd.grad(y, arrays, dy)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from tests.trainer.test_model_parity import CONFIGS, packed, random_model, relative
-from trainer.model import attention, layers, moe
-from trainer.model.kernels import gpu_moe, triton_route
+from trainer.model import attention, experts, layers, moe
+from trainer.model.kernels import triton_route
+from trainer.model.kernels.gpu_moe import KernelRows
 from trainer.model.kernels.triton_moe import gather_sum, scatter_rows
 from trainer.model.kernels.triton_rope import backward_, queries_keys_values_, resize
-from trainer.model.kernels.triton_route import Counts, Order, decide
+from trainer.model.kernels.triton_route import Order, decide
 from trainer.model.rope import apply_rope
-from trainer.parallel import slots as parallel_slots
+from trainer.model.rows import Rows
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_model_triton.py"
 SHORT = {name: dataclasses.replace(config, num_hidden_layers=2) for name, config in CONFIGS.items()}
@@ -30,7 +31,7 @@ def gradients_of(config, replay, kernels: bool, monkeypatch, **options):
     model = random_model(config, **options)
     tokens, positions, bounds = packed([5, 9, 1], config.vocab_size)
     with monkeypatch.context() as patch:
-        for module in (layers, moe, attention):
+        for module in (layers, moe, experts, attention):
             patch.setattr(module, "has_kernels", lambda x: kernels)
         out = model(tokens, positions, bounds, replay, balance=True)
         weight = torch.randn(out.hidden.shape, generator=torch.Generator().manual_seed(9))
@@ -73,24 +74,23 @@ def test_agreement_is_counted_as_without_kernels(total, groups, kept, k):
 
 
 @pytest.mark.parametrize("keep_rows", [True, False])
-def test_experts_in_one_function_are_the_chain_of_single_ones(keep_rows):
-    """The function for BF16 computes in any dtype. Experts 5 to 7 get no token: their gradient is zero."""
+def test_rows_that_are_not_kept_are_made_again(keep_rows, monkeypatch):
+    """Kernels beside plain operations. Experts 5 to 7 get no token: their gradient is zero."""
     g = torch.Generator().manual_seed(0)
     shapes = {"x": (21, 16), "weights": (21, 3), "w13": (8, 24, 16), "w2": (8, 16, 12), "s13": (40, 16), "s2": (16, 20)}
     arrays = {name: torch.randn(shape, generator=g).requires_grad_() for name, shape in shapes.items()}
     residual, dy = (torch.randn(21, 16, generator=g).requires_grad_() for _ in range(2))
     chosen = torch.rand(21, 5, generator=g).topk(3).indices
     x, weights, w13, w2, s13, s2 = arrays.values()
-    counts = Counts.of(chosen, 8)
-    y = gpu_moe.experts(x, weights, chosen, counts, w13, w2, (s13, s2), residual, keep_rows)
-    gate, up = (x @ s13.T).chunk(2, -1)
-    expected = gpu_moe.experts_by_recipe(x, weights, chosen, counts, w13, w2, "bf16")
-    expected = expected + (torch.nn.functional.silu(gate) * up) @ s2.T + residual
-    inputs = [*arrays.values(), residual]
-    found, wanted = (torch.autograd.grad(result, inputs, dy) for result in (y, expected))
-    assert relative(y, expected) <= 5e-6
-    assert torch.count_nonzero(found[2][5:]) == 0
-    for a, b in zip(found, wanted, strict=True):
+    results = []
+    for kernels in (False, True):
+        monkeypatch.setattr(experts, "has_kernels", lambda _, kernels=kernels: kernels)
+        of = KernelRows.of if kernels else Rows.of
+        call = experts.Call(lambda chosen, weights, of=of: of(chosen, weights, 8), "bf16", keep_rows)
+        y = experts.experts_sum(x, weights, chosen, w13, w2, (s13, s2), residual, call)
+        results.append([y, *torch.autograd.grad(y, [*arrays.values(), residual], dy)])
+    assert torch.count_nonzero(results[1][3][5:]) == 0
+    for a, b in zip(*results, strict=True):
         assert relative(a, b) <= 5e-6
 
 
@@ -109,9 +109,10 @@ def test_order_is_that_of_a_stable_sort(total, tokens, monkeypatch):
     assert torch.equal(order.place.flatten().long()[by_expert], torch.arange(4 * tokens))
     assert torch.equal(order.row_weights, weights.flatten()[by_expert])
     x = torch.randn(tokens, 20, generator=g)
-    rows = scatter_rows(x, order.place)
+    rows = torch.empty(4 * tokens, 20)
+    scatter_rows(x, order.place, rows, order.ends[-1])
     assert torch.equal(rows, x[by_expert // 4])
-    assert relative(gather_sum(rows, order.place, x), 5 * x) <= 1e-6
+    assert relative(gather_sum(rows, order.place, order.ends[-1], x), 5 * x) <= 1e-6
 
 
 @pytest.mark.parametrize("v_width", [None, 24])
@@ -147,34 +148,50 @@ def test_rows_are_cut_or_filled_up():
     assert torch.equal(resize(x, 7), x[..., :7])
 
 
-def test_slots_of_one_rank_are_those_of_plain_operations(monkeypatch):
-    """Experts 0 to 4 are here, 5 stands for those of other ranks. Rows behind the last are never read: they are NaN."""
+class Here:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def wait(self):
+        return self.tensor
+
+
+def test_rows_of_one_rank_are_those_of_plain_operations():
+    """Experts 0 to 4 are here, 5 stands for those of other ranks; 100 tokens are this rank's. Rows behind the last are
+    never read: they are NaN."""
     g = torch.Generator().manual_seed(0)
     n, k, hidden, wide = 150, 3, 20, 12
-    experts = torch.rand(n, 8, generator=g).topk(k).indices.clamp(max=5).int()
-    experts[0], experts[1] = 5, torch.tensor([0, 1, 2])
-    weights, x, more = (torch.randn(s, generator=g) for s in ((n, k), (n, hidden), (2, n, hidden)))
-    gate_up, grad = torch.randn(n * k, 2 * wide, generator=g), torch.randn(n * k, wide, generator=g)
+    chosen = torch.rand(n, 8, generator=g).topk(k).indices.clamp(max=5)
+    chosen[0], chosen[1] = 5, torch.tensor([0, 1, 2])
+    weights, x, dy, more = (torch.randn(s, generator=g) for s in ((n, k), (n, hidden), (n, hidden), (2, 50, hidden)))
+    w13, w2 = torch.randn(20, 2 * wide, generator=g), torch.randn(wide, hidden, generator=g)
     found = []
-    for kernels in (False, True):
-        monkeypatch.setattr(parallel_slots, "has_kernels", lambda x, kernels=kernels: kernels)
-        slots = parallel_slots.Slots.of(experts, weights, 5)
-        end = int(slots.end)
+    for of in (Rows.of, KernelRows.of):
+        layout = of(chosen, weights, 5)
+        end = int(layout.ends[-1])
         assert 0 < end < n * k
-        rows = torch.full((n * k, hidden), float("nan"))
-        for part in (slice(0, 100), slice(100, n)):
-            slots.rows_of(x[part], slots.place[part], rows)
-        assert rows[end:].isnan().all()
-        gates, grads = gate_up.clone(), grad.clone()
-        gates[end:], grads[end:] = float("nan"), float("nan")
-        back = slots.swiglu_backward(gates, grads)
-        assert torch.count_nonzero(back[2][end:]) == 0
-        found.append(
-            [
-                slots.place, slots.ends, slots.weights, rows[:end], slots.sums_of(rows, slots.place),
-                slots.sums_of(rows, slots.place, x, x, more=more), slots.swiglu(gates)[:end], back[0][:end],
-                back[1][:end], back[2],
-            ]
-        )  # fmt: skip
+        rows = layout.spread(x[:100], Here(x[100:]))
+        behind = len(rows) - end  # undefined rows stay out of every result
+        nan = lambda rows, behind=behind: torch.cat((rows, torch.full((behind, rows.shape[1]), float("nan"))))  # noqa: E731
+        gate_up = nan(rows[:end] @ w13)
+        act = layout.activation(gate_up)
+        out = nan(act[:end] @ w2)
+        y = layout.combine(out, slice(100, None), x[100:], x[100:], more=more)
+        d_out, d_weights = layout.spread_gradient(dy[:100], Here(dy[100:]), out)
+        d_gate_up, again, others = layout.activation_backward(gate_up, nan(d_out[:end] @ w2.T), None)
+        assert relative(again[:end], act[:end]) <= 5e-6
+        dx = layout.sum(nan(d_gate_up[:end] @ w13.T), slice(0, 100))
+        found.append([layout.ends, rows[:end], y, d_gate_up[:end], d_weights if others is None else others, dx])
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b) if not a.is_floating_point() else relative(a, b) <= 5e-6
+
+
+def test_no_row_at_all_gives_zeros():
+    """A rank whose experts nobody chose still takes part: its weights' gradients are zeros."""
+    x, w13, w2 = torch.randn(3, 16), torch.randn(2, 24, 16), torch.randn(2, 16, 12)
+    arrays = [t.requires_grad_() for t in (x, torch.rand(3, 2), w13, w2)]
+    for of in (Rows.of, KernelRows.of):
+        call = experts.Call(lambda chosen, weights, of=of: of(chosen, weights, 2), "bf16")
+        y = experts.experts_sum(arrays[0], arrays[1], torch.full((3, 2), 2), *arrays[2:], None, None, call)
+        for value in (y, *torch.autograd.grad(y, arrays, torch.ones_like(y))):
+            assert torch.count_nonzero(value) == 0

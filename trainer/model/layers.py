@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from trainer.model.rows import swiglu_backward, swiglu_forward
 from trainer.precision.recipe import Recipe, matmul
 
 
@@ -94,9 +95,9 @@ class SwiGLU(nn.Module):
 def swiglu(gate_and_up: Float[Tensor, "n two_wide"]) -> Float[Tensor, "n wide"]:
     """silu(gate) · up of [gate, up]. Keeps its input only; the rest is computed again in the backward pass."""
     if has_kernels(gate_and_up):
-        from trainer.model.kernels.gpu_moe import weighted_swiglu
+        from trainer.model.kernels import gpu_moe
 
-        return weighted_swiglu(gate_and_up, None)
+        return gpu_moe.swiglu(gate_and_up)
     return _SwiGLU.apply(gate_and_up)
 
 
@@ -104,15 +105,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_and_up):
         ctx.save_for_backward(gate_and_up)
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return swiglu_forward(gate_and_up)
 
     @staticmethod
     def backward(ctx, grad):
-        (gate_and_up,) = ctx.saved_tensors
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        result = torch.empty_like(gate_and_up)
-        d_gate, d_up = result.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=d_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
-        return result
+        return swiglu_backward(*ctx.saved_tensors, grad)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trainer.model.layers import SwiGLU, has_kernels, swiglu
+from trainer.model.experts import Alone, Call, experts_sum
+from trainer.model.layers import SwiGLU, has_kernels
+from trainer.model.rows import Rows
 from trainer.model.v3_config import V3Config
-from trainer.precision.recipe import Recipe, grouped_matmul
+from trainer.precision.recipe import Recipe
 
 if TYPE_CHECKING:
     from trainer.model.kernels.triton_route import Counts
@@ -124,91 +127,37 @@ class Experts(nn.Module):
         self.w13 = nn.Parameter(torch.empty(experts, 2 * wide, hidden))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, wide))
         self.recipe: Recipe = recipe
-        self.keep_rows = True  # on a GPU: what `gpu_moe.experts` keeps for the backward pass
+        self.keep_rows = True  # see `trainer.model.experts.Call`
 
     def forward(
         self,
         x: Float[Tensor, "n hidden"],
-        routing: Routing,
+        weights: Float[Tensor, "n k"],
+        chosen: Int[Tensor, "n k"],
         shared: SwiGLU | None = None,
         residual: Float[Tensor, "n hidden"] | None = None,
+        counts: Counts | None = None,
+        rows: int | None = None,
+        peers: Alone | None = None,
     ) -> Float[Tensor, "n hidden"]:
-        """Σ weight · expert(x) + shared(x) + residual."""
-        if has_kernels(x):
-            return self._on_gpu(x, routing, shared, residual)
-        y = self._routed(x, routing)
-        y = y if shared is None else y + shared(x)
-        return y if residual is None else residual + y
-
-    def _on_gpu(self, x, routing: Routing, shared, residual) -> Float[Tensor, "n hidden"]:
-        from trainer.model.kernels import gpu_moe
-
-        if self.recipe == "bf16" and x.dtype == self.w13.dtype == torch.bfloat16:
-            weights = None if shared is None else (shared.w13.weight, shared.w2.weight)
-            return gpu_moe.experts(
-                x, routing.weights, routing.experts, routing.counts, self.w13, self.w2, weights, residual,
-                self.keep_rows,
-            )  # fmt: skip
-        y = gpu_moe.experts_by_recipe(
-            x, routing.weights, routing.experts, routing.counts, self.w13, self.w2, self.recipe
-        )
-        y = y if shared is None else y + shared(x)
-        return y if residual is None else residual + y
-
-    def _routed(self, x: Float[Tensor, "n hidden"], routing: Routing) -> Float[Tensor, "n hidden"]:
-        k = routing.experts.shape[1]
-        order = routing.experts.flatten().argsort(stable=True)  # rows by expert; row r is choice r % k of token r // k
-        offsets = routing.load.cumsum(0).to(torch.int32)
-        rows = _Dispatch.apply(x, order, k)
-        rows = swiglu(grouped_matmul(rows, self.w13, offsets, self.recipe))
-        rows = grouped_matmul(rows, self.w2, offsets, self.recipe)
-        return _Combine.apply(rows, routing.weights.to(x.dtype), order)
+        """Σ weight · expert(x) + shared(x) + residual. `chosen` are numbers of these experts, or their number for an
+        expert of another rank. On a GPU, where they are known: `counts`, how the choices are spread, and `rows`, how
+        many are of experts here. `peers`: see `trainer.parallel.peers`."""
+        of, count = rows_of(x), len(self.w13)
+        known = {"counts": counts, "rows": rows} if has_kernels(x) else {}
+        call = Call(lambda chosen, weights: of(chosen, weights, count, **known), self.recipe, self.keep_rows)
+        call = call if peers is None else replace(call, peers=peers)
+        both = None if shared is None else (shared.w13.weight, shared.w2.weight)
+        return experts_sum(x, weights, chosen, self.w13, self.w2, both, residual, call)
 
 
-class _Dispatch(torch.autograd.Function):
-    """Copies every token once per chosen expert, in the order of the experts. Gathers both ways: no atomic adds, the
-    same sums in every run."""
+def rows_of(x: Tensor) -> Callable[..., Rows]:
+    """What lays the rows of `x` out by expert."""
+    if has_kernels(x):
+        from trainer.model.kernels.gpu_moe import KernelRows
 
-    @staticmethod
-    def forward(ctx, x, order, k):
-        ctx.save_for_backward(order)
-        ctx.k = k
-        return x.index_select(0, order // k)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (order,) = ctx.saved_tensors
-        place = _inverse(order).view(-1, ctx.k)
-        total = grad.index_select(0, place[:, 0])
-        for choice in place.unbind(1)[1:]:
-            total += grad.index_select(0, choice)
-        return total, None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Every token's sum of weight · row over its chosen experts; rows are in the order of the experts."""
-
-    @staticmethod
-    def forward(ctx, rows, weights, order):
-        ctx.save_for_backward(rows, weights, order)
-        place = _inverse(order).view_as(weights)
-        total = rows.index_select(0, place[:, 0]).mul_(weights[:, :1])
-        for j in range(1, weights.shape[1]):
-            total.addcmul_(rows.index_select(0, place[:, j]), weights[:, j : j + 1])
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, weights, order = ctx.saved_tensors
-        d_rows = grad.index_select(0, order // weights.shape[1])
-        d_weights = torch.empty_like(weights).view(-1)
-        d_weights[order] = (rows * d_rows).sum(-1)
-        d_rows *= weights.reshape(-1)[order, None]
-        return d_rows, d_weights.view_as(weights), None
-
-
-def _inverse(order: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return KernelRows.of
+    return Rows.of
 
 
 class MoE(nn.Module):
@@ -233,7 +182,8 @@ class MoE(nn.Module):
         x, routing.x = x if routing.x is None else routing.x, None  # a routing outlives the layer
         if self.exchange is not None:
             return self.exchange(self, x, routing, residual), routing
-        return self.experts(x, routing, self.shared, residual), routing
+        y = self.experts(x, routing.weights, routing.experts, self.shared, residual, routing.counts)
+        return y, routing
 
 
 def sequence_balance(

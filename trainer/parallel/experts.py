@@ -3,13 +3,12 @@
 A token with six experts on two ranks is sent twice, not six times; its weights travel with it, and what comes back is
 each rank's sum (DeepSeek-V3, arXiv 2412.19437, section 3.2.2, dispatches this way between nodes). The host
 waits once a layer, for the split sizes; the shared expert runs meanwhile, and while tokens travel. On two ranks, which
-nearly every token needs both, all tokens travel instead, and the host waits for nothing (trainer.parallel.gather).
+nearly every token needs both, all tokens travel instead, and the host waits for nothing (trainer.parallel.peers).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,70 +16,26 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from trainer.model.layers import SwiGLU, has_kernels, swiglu
 from trainer.model.moe import Experts, MoE, Routing
-from trainer.parallel.gather import Peers, gathered_experts
+from trainer.parallel.peers import Peers
 from trainer.parallel.rows import spread_rows, sum_rows
-from trainer.precision.recipe import Recipe, grouped_matmul
 
 # Up to so many expert ranks see the tokens of all. Their buffers are that many times as large as the tokens that an
 # expert rank has on average need, and a token of six experts goes to fewer ranks the more there are.
 GATHER_RANKS = 2
 
 
-class LocalExperts(nn.Module):
-    """The experts of one rank, for rows that came from all ranks of the group. Parameters are named as in
-    `trainer.model.moe.Experts`, of which they are `experts // ranks` neighbours."""
+class LocalExperts(Experts):
+    """The experts of one rank, `experts // ranks` neighbours of all, for rows that came from all ranks of the group."""
 
     def __init__(self, whole: Experts, rank: int, ranks: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         count = len(whole.w13) // ranks
         mine = slice(rank * count, (rank + 1) * count)
         # clone: a slice would keep the whole alive
         self.w13 = nn.Parameter(whole.w13.detach()[mine].clone(), requires_grad=whole.w13.requires_grad)
         self.w2 = nn.Parameter(whole.w2.detach()[mine].clone(), requires_grad=whole.w2.requires_grad)
-        self.recipe: Recipe = whole.recipe
-
-    def forward(self, way: Callable[..., Tensor], *tensors) -> Tensor:
-        """way(self, *tensors): called as a module, so that FSDP gathers the weights where ranks share them."""
-        return way(self, *tensors)
-
-
-def expert_sums(
-    local: LocalExperts,
-    rows: Float[Tensor, "rows hidden"],
-    experts: Int[Tensor, "rows k"],
-    weights: Float[Tensor, "rows k"],
-    slots: int,
-) -> Float[Tensor, "rows hidden"]:
-    """Every row's weighted sum over its experts here. `experts` are local, -1 where another rank has the expert;
-    `slots` of the entries are not -1 (known without asking the GPU)."""
-    if slots == 0:
-        # No row, and still a gradient (of zeros): the ranks that share these weights wait for one.
-        return rows * (local.w13.flatten()[0] + local.w2.flatten()[0])  # weights: see _AllToAll
-    k, count = experts.shape[1], len(local.w13)
-    # Rows by expert, those of other ranks last: slot s is choice s % k of row s // k. Narrow keys sort faster.
-    keys = torch.where(experts < 0, count, experts).flatten()
-    narrow = keys.to(torch.uint8 if count < 2**8 else torch.int16 if count < 2**15 else torch.int32)
-    order = narrow.argsort(stable=True)[:slots]
-    load = torch.zeros(count + 1, dtype=torch.int32, device=keys.device)
-    load.scatter_add_(0, keys, torch.ones_like(keys, dtype=torch.int32))
-    offsets = load[:count].cumsum(0).to(torch.int32)
-    table = torch.full_like(keys, -1, dtype=torch.int32)
-    table[order] = torch.arange(slots, dtype=torch.int32, device=keys.device)
-    table, source = table.view_as(experts), order // k
-    x = grouped_matmul(spread_rows(rows, source, table), local.w13, offsets, local.recipe)
-    x = _weighted_swiglu(x, weights.flatten().index_select(0, order))
-    return sum_rows(grouped_matmul(x, local.w2, offsets, local.recipe), source, table)
-
-
-def _weighted_swiglu(gate_up: Float[Tensor, "slots two_wide"], weights: Float[Tensor, " slots"]) -> Tensor:
-    """weight · silu(gate) · up: the weight could as well come behind the next product."""
-    if has_kernels(gate_up):
-        from trainer.model.kernels import gpu_moe
-
-        return gpu_moe.weighted_swiglu(gate_up, weights)
-    return swiglu(gate_up) * weights[:, None].to(gate_up.dtype)
+        self.recipe, self.keep_rows = whole.recipe, False
 
 
 @dataclass(frozen=True)
@@ -122,7 +77,7 @@ class ExpertExchange:
             return
         counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.ranks)]
         dist.all_gather(counts, torch.tensor([tokens]), group=self.group)
-        self.peers = Peers(self.group, tuple(int(count) for count in counts))
+        self.peers = Peers(self.group, tuple(int(count) for count in counts), self.local)
 
     def __call__(
         self,
@@ -132,17 +87,12 @@ class ExpertExchange:
         residual: Float[Tensor, "n hidden"] | None = None,
     ) -> Float[Tensor, "n hidden"]:
         """Σ weight · expert(x) + shared(x) + residual."""
-        local = moe.experts
-        if self.ranks <= GATHER_RANKS and local.recipe == "bf16":
-            return local(self._gathered, x, routing.weights, routing.experts, moe.shared, residual)
-        return self._sent(moe, x, routing, residual)
-
-    def _gathered(self, local: LocalExperts, x, weights, chosen, shared: SwiGLU | None, residual) -> Tensor:
+        if self.ranks > GATHER_RANKS:
+            return self._sent(moe, x, routing, residual)
         assert self.peers is not None, "begin() was not called before this forward pass"
         if len(x) != self.peers.mine:
             raise RuntimeError(f"{len(x)} tokens in a layer, the ranks were told {self.peers.mine}: see begin()")
-        both = None if shared is None else (shared.w13.weight, shared.w2.weight)
-        return gathered_experts(x, weights, chosen, local.w13, local.w2, both, residual, self.local, self.peers)
+        return moe.experts(x, routing.weights, routing.experts, moe.shared, residual, peers=self.peers)
 
     def _sent(self, moe: MoE, x, routing: Routing, residual) -> Float[Tensor, "n hidden"]:
         with self._beside():
@@ -154,14 +104,14 @@ class ExpertExchange:
             source, place = self._layout(chosen > 0, sizes.rows_sent)
             tokens, owners = source % len(x), source // len(x)
             experts = routing.experts.index_select(0, tokens) - owners[:, None] * self.per_rank
-            experts = torch.where((experts < 0) | (experts >= self.per_rank), -1, experts)
+            experts = torch.where((experts < 0) | (experts >= self.per_rank), self.per_rank, experts)
             rows = spread_rows(x, tokens, place)
             weights = routing.weights.index_select(0, tokens)
             splits = (sizes.sent, sizes.received)
             rows, weights = _AllToAll.apply(*splits, self.group, rows, weights)
             experts = _all_to_all(experts, *splits, self.group)
         self._join(rows, weights, experts, tokens, place)
-        rows = moe.experts(expert_sums, rows, experts, weights, sizes.slots)
+        rows = moe.experts(rows, weights, experts, rows=sizes.slots)
         (rows,) = _AllToAll.apply(sizes.received, sizes.sent, self.group, rows)
         return sum_rows(rows, tokens, place, *(term for term in (shared, residual) if term is not None))
 
@@ -180,15 +130,14 @@ class ExpertExchange:
     def _layout(
         self, goes: Bool[Tensor, "n ranks"], rows: int
     ) -> tuple[Int[Tensor, " rows"], Int[Tensor, "n ranks"]]:
-        """The source of every row sent, rank · n + token, in that order; and the row of every token and rank, -1 where
-        none goes there."""
+        """The source of every row sent, rank · n + token, in that order; and the row of every token and rank, `rows`
+        where none goes there."""
         flat = goes.T.reshape(-1)
         place = flat.cumsum(0, dtype=torch.int32) - 1
         source = torch.empty(rows + 1, dtype=torch.int64, device=flat.device)  # the last entry takes what goes nowhere
         where = torch.where(flat, place, rows).long()
         source.scatter_(0, where, torch.arange(len(flat), device=flat.device))
-        place = torch.where(flat, place, -1)
-        return source[:rows], place.view(self.ranks, -1).T.contiguous()
+        return source[:rows], where.int().view(self.ranks, -1).T.contiguous()
 
     @contextlib.contextmanager
     def _beside(self, wait: bool = True):

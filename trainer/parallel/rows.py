@@ -1,6 +1,6 @@
 """Rows copied to several places and summed again, by tables instead of atomic additions: the same sums every time.
 
-A table [count, width] names, for every result, the rows that belong to it, -1 where there is none.
+A table [count, width] names, for every result, the rows that belong to it; the number of rows where there is none.
 """
 
 from __future__ import annotations
@@ -55,13 +55,12 @@ class _Sum(torch.autograd.Function):
 
 def _total(rows: Tensor, table: Tensor, *added: Tensor) -> Tensor:
     if rows.is_cuda:
-        from trainer.model.kernels import triton_rows
+        from trainer.model.kernels import triton_moe
 
-        return triton_rows.sum_rows(rows, table, *added)
+        end = torch.full((), len(rows), dtype=torch.int32, device=rows.device)
+        return triton_moe.gather_sum(rows, table, end, *added)
+    rows = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
     total = torch.zeros(len(table), rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
-    if len(rows):
-        for column in table.unbind(1):
-            total.addcmul_(rows.index_select(0, column.clamp(min=0)).to(total.dtype), (column >= 0).to(total)[:, None])
-    for term in added:
+    for term in (*(rows.index_select(0, column) for column in table.unbind(1)), *added):
         total += term
     return total.to(rows.dtype)

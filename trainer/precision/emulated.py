@@ -4,6 +4,7 @@ rounded as the real recipe rounds them, products are summed in float32. The orac
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,15 +20,35 @@ def matmul(x: Float[Tensor, "n inner"], w: Float[Tensor, "outer inner"]) -> Floa
     return _Matmul.apply(x, w)
 
 
-def grouped_matmul(
-    x: Float[Tensor, "rows inner"], w: Float[Tensor, "experts outer inner"], offsets: Int[Tensor, " experts"]
+def product(x: Float[Tensor, "n inner"], w: Float[Tensor, "outer inner"], turned: bool = False) -> Tensor:
+    """x wᵀ, or x w: `x` in tiles along its rows, `w` in blocks."""
+    w8 = quantize_blocks(w).dequantize()
+    return (quantize_tiles(x).dequantize() @ (w8 if turned else w8.T)).to(x.dtype)
+
+
+def outer(grad: Float[Tensor, "n outer"], x: Float[Tensor, "n inner"]) -> Float[Tensor, "outer inner"]:
+    """gradᵀ x, both in tiles of 128 rows."""
+    return (quantize_tiles(grad.T).dequantize() @ quantize_tiles(x.T).dequantize().T).to(grad.dtype)
+
+
+def grouped_product(
+    x: Float[Tensor, "rows inner"], w: Float[Tensor, "experts outer inner"], ends: Int[Tensor, " experts"], turned: bool
 ) -> Float[Tensor, "rows outer"]:
-    """Rows [offsets[e - 1], offsets[e]) times the transposed weight e; tiles of tokens start at every expert anew."""
-    ends = offsets.tolist()
-    if ends[-1] != len(x):
-        raise ValueError(f"offsets end at {ends[-1]}, expected the {len(x)} rows of x")
-    starts = [0, *ends[:-1]]
-    return torch.cat([matmul(x[s:e], w[i]) for i, (s, e) in enumerate(zip(starts, ends, strict=True))])
+    """`product` of every expert's rows, [ends[e - 1], ends[e]), with its weight; zeros behind the last's."""
+    parts = [product(x[rows], w[e], turned) for e, rows in enumerate(_ranges(ends))]
+    return F.pad(torch.cat(parts), (0, 0, 0, len(x) - int(ends[-1])))
+
+
+def grouped_outer(
+    grad: Float[Tensor, "rows outer"], x: Float[Tensor, "rows inner"], ends: Int[Tensor, " experts"]
+) -> Float[Tensor, "experts outer inner"]:
+    """`outer` of every expert's rows: tiles of tokens start at every expert anew."""
+    return torch.stack([outer(grad[rows], x[rows]) for rows in _ranges(ends)])
+
+
+def _ranges(ends: Int[Tensor, " experts"]) -> list[slice]:
+    found = ends.tolist()
+    return [slice(start, end) for start, end in zip([0, *found[:-1]], found, strict=True)]
 
 
 class _Matmul(torch.autograd.Function):
@@ -43,6 +64,4 @@ class _Matmul(torch.autograd.Function):
         x_values, x_scales, w_values, w_scales = ctx.saved_tensors
         x8, w8 = Quantized(x_values, x_scales), Quantized(w_values, w_scales)
         dx = quantize_tiles(grad).dequantize() @ w8.dequantize()
-        over_tokens = [quantize_tiles(t.T).dequantize() for t in (grad, x8.dequantize())]
-        dw = over_tokens[0] @ over_tokens[1].T
-        return dx.to(ctx.x_dtype), dw.to(ctx.w_dtype)
+        return dx.to(ctx.x_dtype), outer(grad, x8.dequantize()).to(ctx.w_dtype)

@@ -36,6 +36,21 @@ def matmul(x: Float[Tensor, "n inner"], w: Float[Tensor, "outer inner"]) -> Floa
     return _Matmul.apply(x, w)
 
 
+def product(x: Float[Tensor, "n inner"], w: Float[Tensor, "outer inner"], turned: bool = False) -> Tensor:
+    """x wᵀ, or x w."""
+    from trainer.precision.triton_quantize import blocks, tiles
+
+    return _product(tiles(x)[0], blocks(w)[1 if turned else 0], "block", x.dtype)[: len(x)]
+
+
+def outer(grad: Float[Tensor, "n outer"], x: Float[Tensor, "n inner"]) -> Float[Tensor, "outer inner"]:
+    """gradᵀ x, both in tiles of 128 rows."""
+    from trainer.precision.triton_quantize import tiles
+
+    a, b = (tiles(t, along=False, across=True)[1] for t in (grad, x))
+    return _product(a, b, "tile", grad.dtype)
+
+
 class _Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w):

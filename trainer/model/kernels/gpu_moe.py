@@ -1,20 +1,17 @@
-"""The mixture of experts on a GPU: the same as moe.py computes, in the fewest passes over memory, and without the host
-waiting for the device. The kernels are in triton_route.py and triton_moe.py, the products torch's grouped ones.
-
-In BF16 one layer of experts is one autograd function (`experts`), which keeps the products' inputs and computes the
-activations again; for other dtypes and recipes `experts_by_recipe` chains the same kernels as single functions.
-"""
+"""The mixture of experts on a GPU: the router, and the passes over rows by expert, in the fewest passes over memory and
+without the host waiting for the device. The kernels are in triton_route.py and triton_moe.py."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainer.model.kernels.triton_moe import gather_sum, scatter_rows, swiglu_backward, swiglu_forward
 from trainer.model.kernels.triton_route import Counts, Order, decide, decide_backward
-from trainer.precision.recipe import Recipe, grouped_matmul
+from trainer.model.rows import Arriving
 
 
 def product_float32(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
@@ -70,142 +67,91 @@ class _Route(torch.autograd.Function):
         dw = product_float32(d_logits.T, x)
         dw = (dw[:total] + dw[total:]).to(weight.dtype)
         twice = torch.cat((weight, weight))
-        # In place: the one who made dx, `_Experts`, has handed it over to this function alone.
+        # In place: the one who made dx, `_ExpertsSum`, has handed it over to this function alone.
         return d_logits @ twice if dx is None else dx.addmm_(d_logits, twice), dw, None, None, None
 
 
-def experts(
-    x: Float[Tensor, "n hidden"],
-    weights: Float[Tensor, "n k"],
-    chosen: Int[Tensor, "n k"],
-    counts: Counts,
-    w13: Float[Tensor, "experts two_wide hidden"],
-    w2: Float[Tensor, "experts hidden wide"],
-    shared: tuple[Float[Tensor, "two_shared hidden"], Float[Tensor, "hidden shared"]] | None,
-    residual: Float[Tensor, "n hidden"] | None,
-    keep_rows: bool = True,
-) -> Float[Tensor, "n hidden"]:
-    """Σ weight · expert(x), plus the shared expert of weights (w13, w2) and `residual` where there are any, in BF16.
-    Kept for the backward pass: `x`, the first products' results, and with `keep_rows` the copies of the tokens by
-    expert and the activations, which else are made again (n · k · (hidden + wide) numbers a layer against one pass over
-    them)."""
-    return _Experts.apply(x, weights, chosen, counts, w13, w2, *(shared or (None, None)), residual, keep_rows)
+@dataclass(frozen=True)
+class KernelRows:
+    """`trainer.model.rows.Rows` as kernels, in buffers for as many rows as there can be: how many there are is known on
+    the device alone. The routing weight is folded into the activation, so that bringing rows back is a plain sum, and
+    the second product's result need not be kept."""
+
+    place: Int[Tensor, "n k"]  # int32; at or behind ends[-1]: of an expert of another rank
+    ends: Int[Tensor, " experts"]  # int32
+    row_weights: Float[Tensor, " rows"]  # float32, of every row
+    weighs_result = False
+
+    @classmethod
+    def of(
+        cls,
+        experts: Int[Tensor, "n k"],
+        weights: Float[Tensor, "n k"],
+        count: int,
+        counts: Counts | None = None,
+        rows: int | None = None,
+    ) -> KernelRows:
+        """`experts` are numbers of the `count` experts here, and `count` for those of other ranks. `counts`: how they
+        are spread over `count` experts, where all are here; `rows`: how many rows there are, where the host knows."""
+        experts = experts.contiguous()
+        n, k = experts.shape
+        order = Order.of(experts, weights, Counts.of(experts, count + 1) if counts is None else counts)
+        rows = max(n * min(k, count) if rows is None else rows, 1)
+        return cls(order.place, order.ends[:count], order.row_weights[:rows])
+
+    def spread(self, x: Float[Tensor, "own size"], arriving: Arriving | None = None) -> Float[Tensor, "rows size"]:
+        """See `Rows.spread`. This rank's own tokens do not wait for those that arrive. Other rows are undefined."""
+        rows, own = x.new_empty(len(self.row_weights), x.shape[1]), len(x)
+        scatter_rows(x, self.place[:own], rows, self.ends[-1])
+        if arriving is not None:
+            scatter_rows(arriving.wait(), self.place[own:], rows, self.ends[-1])
+        return rows
+
+    def sum(
+        self,
+        rows: Float[Tensor, "rows size"],
+        tokens: slice,
+        *added: Float[Tensor, "n size"],
+        more: Float[Tensor, "arrays n size"] | None = None,
+    ) -> Float[Tensor, "n size"]:
+        """See `Rows.sum`; in float32, rounded once."""
+        return gather_sum(rows, self.place[tokens], self.ends[-1], *added, more=more)
+
+    combine = sum  # the rows are weighted
+
+    def spread_gradient(self, dy, arriving: Arriving | None, out: None) -> tuple[Float[Tensor, "rows size"], None]:
+        """See `Rows.spread_gradient`."""
+        return self.spread(dy, arriving), None
+
+    def activation(self, gate_up: Float[Tensor, "rows two_wide"]) -> Float[Tensor, "rows wide"]:
+        """weight · silu(gate) · up of [gate, up]."""
+        return swiglu_forward(gate_up, self.row_weights, self.ends[-1])
+
+    def activation_backward(
+        self,
+        gate_up: Float[Tensor, "rows two_wide"],
+        grad: Float[Tensor, "rows wide"],
+        act: Float[Tensor, "rows wide"] | None,
+    ) -> tuple[Float[Tensor, "rows two_wide"], Float[Tensor, "rows wide"], Float[Tensor, "n k"]]:
+        """See `Rows.activation_backward`; rows of other ranks give their weights no gradient."""
+        d_gate_up, again, d_rows = swiglu_backward(gate_up, grad, self.row_weights, act is None, self.ends[-1])
+        rows = self.place.flatten().clamp(max=len(d_rows) - 1)
+        d_weights = d_rows.index_select(0, rows).view_as(self.place)
+        return d_gate_up, again if act is None else act, d_weights.where(self.place < self.ends[-1], 0.0)
 
 
-class _Experts(torch.autograd.Function):
+def swiglu(gate_up: Float[Tensor, "rows two_wide"]) -> Float[Tensor, "rows wide"]:
+    """silu(gate) · up of [gate, up]. Keeps its input only."""
+    return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, chosen, counts, w13, w2, shared13, shared2, residual, keep_rows):
-        order = Order.of(chosen, weights, counts)
-        added = [] if residual is None else [residual]
-        shared_gate_up = None
-        if shared13 is not None:
-            shared_gate_up = F.linear(x, shared13)
-            added.append(F.linear(swiglu_forward(shared_gate_up), shared2))
-        rows = scatter_rows(x, order.place)
-        gate_up = torch._grouped_mm(rows, w13.transpose(1, 2), offs=order.ends)
-        if not keep_rows:
-            rows = None
-        act = swiglu_forward(gate_up, order.row_weights)
-        ctx.save_for_backward(
-            x, rows, act if keep_rows else None, gate_up, shared_gate_up, w13, w2, shared13, shared2, order.place,
-            order.ends, order.row_weights,
-        )  # fmt: skip
-        ctx.residual = residual is not None
-        return gather_sum(torch._grouped_mm(act, w2.transpose(1, 2), offs=order.ends), order.place, *added)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, rows, kept, gate_up, shared_gate_up, w13, w2, shared13, shared2, place, ends, row_weights = ctx.saved_tensors
-        dy = dy.contiguous()
-        dx_shared, d_shared13, d_shared2 = [], None, None
-        if shared13 is not None:
-            d_gate_up, shared_act, _ = swiglu_backward(shared_gate_up, dy @ shared2)
-            d_shared2 = dy.T @ shared_act
-            d_shared13 = d_gate_up.T @ x
-            dx_shared = [d_gate_up @ shared13]
-        d_out = scatter_rows(dy, place)
-        d_act = torch._grouped_mm(d_out, w2, offs=ends)
-        d_gate_up, act, d_row_weights = swiglu_backward(gate_up, d_act, row_weights, keep=kept is None)
-        dw2 = torch._grouped_mm(d_out.T, act if kept is None else kept, offs=ends)
-        del d_out, d_act, act, kept
-        d_rows = torch._grouped_mm(d_gate_up, w13, offs=ends)
-        dx = gather_sum(d_rows, place, *dx_shared)
-        del d_rows
-        rows = scatter_rows(x, place) if rows is None else rows
-        dw13 = torch._grouped_mm(d_gate_up.T, rows, offs=ends)
-        d_weights = d_row_weights.index_select(0, place.flatten()).view_as(place)
-        return dx, d_weights, None, None, dw13, dw2, d_shared13, d_shared2, dy if ctx.residual else None, None
-
-
-def experts_by_recipe(
-    x: Float[Tensor, "n hidden"],
-    weights: Float[Tensor, "n k"],
-    chosen: Int[Tensor, "n k"],
-    counts: Counts,
-    w13: Float[Tensor, "experts two_wide hidden"],
-    w2: Float[Tensor, "experts hidden wide"],
-    recipe: Recipe,
-) -> Float[Tensor, "n hidden"]:
-    """Σ weight · expert(x) with the products of any recipe."""
-    order = Order.of(chosen, weights.detach(), counts)
-    gate_up = grouped_matmul(_Scatter.apply(x, order.place), w13, order.ends, recipe)
-    row_weights = _RowWeights.apply(weights, order.row_weights, order.place)
-    out = grouped_matmul(weighted_swiglu(gate_up, row_weights), w2, order.ends, recipe)
-    return _GatherSum.apply(out, order.place)
-
-
-def weighted_swiglu(
-    gate_up: Float[Tensor, "rows two_wide"], weights: Float[Tensor, " rows"] | None
-) -> Float[Tensor, "rows wide"]:
-    """weight · silu(gate) · up of [gate, up]; without weights 1. Keeps its inputs only."""
-    return _WeightedSwiGLU.apply(gate_up, weights)
-
-
-class _WeightedSwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate_up, weights):
+    def forward(ctx, gate_up):
         gate_up = gate_up.contiguous()
-        ctx.save_for_backward(gate_up, weights)
-        return swiglu_forward(gate_up, weights)
+        ctx.save_for_backward(gate_up)
+        return swiglu_forward(gate_up)
 
     @staticmethod
     def backward(ctx, grad):
-        gate_up, weights = ctx.saved_tensors
-        d_gate_up, _, d_weights = swiglu_backward(gate_up, grad.contiguous(), weights, keep=False)
-        return d_gate_up, d_weights
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, place):
-        ctx.save_for_backward(place)
-        return scatter_rows(x, place)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return gather_sum(grad.contiguous(), *ctx.saved_tensors), None
-
-
-class _GatherSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, place):
-        ctx.save_for_backward(place)
-        return gather_sum(rows.contiguous(), place)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return scatter_rows(grad, *ctx.saved_tensors), None
-
-
-class _RowWeights(torch.autograd.Function):
-    """The weights in the order of the rows, which `Order` has made already."""
-
-    @staticmethod
-    def forward(ctx, weights, row_weights, place):
-        ctx.save_for_backward(place)
-        return row_weights.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        (place,) = ctx.saved_tensors
-        return grad.index_select(0, place.flatten()).view_as(place), None, None
+        return swiglu_backward(*ctx.saved_tensors, grad.contiguous(), keep=False)[0]

@@ -15,33 +15,31 @@ from torch import Tensor
 
 
 @triton.jit
-def _scatter(x, place, rows, end, size, K: tl.constexpr, BLOCK: tl.constexpr, ENDS: tl.constexpr):
+def _scatter(x, place, rows, end, size, K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
     value = tl.load(x + token * size + columns, mask=inside)
+    last = tl.load(end)
     for j in tl.static_range(K):
         row = tl.load(place + token * K + j).to(tl.int64)
-        reach = size
-        if ENDS:
-            reach = tl.where(row < tl.load(end), size, 0)
+        reach = tl.where(row < last, size, 0)
         tl.store(rows + row * size + columns, value, mask=columns < reach)
 
 
 @triton.jit
 def _gather_sum(
     rows, place, end, first, second, more, y, size, stride, K: tl.constexpr, ADDED: tl.constexpr, MORE: tl.constexpr,
-    BLOCK: tl.constexpr, ENDS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
     total = tl.zeros([BLOCK], tl.float32)
+    last = tl.load(end)
     for j in tl.static_range(K):
         row = tl.load(place + token * K + j).to(tl.int64)
-        reach = size
-        if ENDS:
-            reach = tl.where(row < tl.load(end), size, 0)
+        reach = tl.where(row < last, size, 0)
         total += tl.load(rows + row * size + columns, mask=columns < reach, other=0.0).to(tl.float32)
     at = token * size + columns
     if ADDED > 0:
@@ -122,38 +120,32 @@ def _tile(wide: int) -> dict[str, int]:
 def scatter_rows(
     x: Float[Tensor, "n size"],
     place: Int[Tensor, "n k"],
-    rows: Float[Tensor, "rows size"] | None = None,
-    end: Int[Tensor, ""] | None = None,
-) -> Float[Tensor, "rows size"]:
-    """Every token copied to each of its `place`s: all of n · k rows, or those of `rows` that are given and, with `end`,
-    lie before it."""
+    rows: Float[Tensor, "rows size"],
+    end: Int[Tensor, ""],
+) -> None:
+    """Every token copied to each of its `place`s in `rows` that lies before `end`."""
     (n, size), k = x.shape, place.shape[1]
-    rows = x.new_empty(n * k, size) if rows is None else rows
     shape = _columns(size)
     if n:
-        _scatter[(n, triton.cdiv(size, shape["BLOCK"]))](
-            x.contiguous(), place, rows, place if end is None else end, size, K=k, ENDS=end is not None, **shape
-        )
-    return rows
+        _scatter[(n, triton.cdiv(size, shape["BLOCK"]))](x.contiguous(), place, rows, end, size, K=k, **shape)
 
 
 def gather_sum(
     rows: Float[Tensor, "rows size"],
     place: Int[Tensor, "n k"],
+    end: Int[Tensor, ""],
     *added: Float[Tensor, "n size"],
     more: Float[Tensor, "arrays n size"] | None = None,
-    end: Int[Tensor, ""] | None = None,
 ) -> Float[Tensor, "n size"]:
-    """Every token's sum of its rows (with `end` of those before it), of up to two arrays besides and of each of
-    `more`."""
+    """Every token's sum of its rows before `end`, of up to two arrays besides and of each of `more`."""
     (n, k), size = place.shape, rows.shape[1]
     y = rows.new_empty(n, size)
     terms = [term.contiguous() for term in added] + [rows, rows]
     shape = _columns(size)
     if n:
         _gather_sum[(n, triton.cdiv(size, shape["BLOCK"]))](
-            rows, place, place if end is None else end, terms[0], terms[1], rows if more is None else more, y, size,
-            n * size, K=k, ADDED=len(added), MORE=0 if more is None else len(more), ENDS=end is not None, **shape,
+            rows, place, end, terms[0], terms[1], rows if more is None else more, y, size, n * size, K=k,
+            ADDED=len(added), MORE=0 if more is None else len(more), **shape,
         )  # fmt: skip
     return y
 
@@ -184,14 +176,12 @@ def swiglu_backward(
     end: Int[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, "rows two_wide"], Float[Tensor, "rows wide"] | None, Float[Tensor, " rows"] | None]:
     """The gradient of `gate_up`; the forward's result once more if asked to `keep` it (the next weight's gradient
-    wants it); and the gradient of the weights (float32) where there are any. With `end`, of the rows before it; the
-    gradients of the other weights are 0."""
+    wants it); and the gradient of the weights (float32) where there are any. With `end`, of the rows before it."""
     rows, wide = grad.shape
     weighted = weights is not None
     d_gate_up = torch.empty_like(gate_up)
     out = torch.empty_like(grad) if keep else None
-    make = torch.empty_like if end is None else torch.zeros_like
-    d_weights = make(weights) if weighted else None
+    d_weights = torch.empty_like(weights) if weighted else None
     shape = _tile(wide)
     if rows:
         _swiglu_backward[(triton.cdiv(rows, shape["ROWS"]),)](
