@@ -42,15 +42,21 @@ Resume = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"rlzero {version('rlzero')}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"rlzero {installed('rlzero')}")
-        raise typer.Exit
+    """Turns a base model into a reasoner with reinforcement learning, the R1-Zero way."""
 
 
 @app.command()

@@ -121,6 +121,11 @@ def test_all_mistakes_of_a_config_are_printed_at_once(monkeypatch, capsys, confi
     assert "did you mean steps?" in err and "3 equal minibatches" in err and "2 mistakes" in err
 
 
+def test_the_version_is_told(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "--version")
+    assert code == 0 and re.fullmatch(r"rlzero \d+\.\d+\.\d+\n", out)
+
+
 def test_a_failure_of_the_program_is_a_message_and_exit_code_1(monkeypatch, capsys, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     (tmp_path / "report.html").mkdir()
