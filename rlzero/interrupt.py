@@ -42,6 +42,13 @@ def handled(react: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def keep_handlers() -> None:
+    """Puts Python's handlers back in their place: Ray's start leaves one that prints a C++ stack and aborts."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.getsignal(number))
+
+
 @contextmanager
 def commands() -> Iterator[None]:
     """For the main program around a command: an interruption ends the process with 128 + the signal's number."""

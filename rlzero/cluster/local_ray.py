@@ -17,6 +17,7 @@ import ray
 from ray._private import utils
 from ray._private.authentication import authentication_token_setup as token
 
+from rlzero import interrupt
 from rlzero.cluster.actors import ClusterError
 from rlzero.lock import InUse, Lock
 
@@ -55,6 +56,7 @@ def start(**options: Any) -> None:
                     f"of {os.getloadavg()[0]:.1f}, {psutil.virtual_memory().available / 2**30:.1f} GiB of memory are "
                     "free. Start the run when the machine has less to do"
                 ) from error
+    interrupt.keep_handlers()
     node = ray._private.worker._global_node
     node.kill_all_processes = lambda **_: _end(node)
     folder = Path(node.get_session_dir_path())

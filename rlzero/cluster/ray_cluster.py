@@ -23,6 +23,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlzero import interrupt
 from rlzero.cluster import errors as failures
 from rlzero.cluster import local_ray
 from rlzero.cluster.actors import Actor, ClusterError, TrainerActor, TrainerHandle
@@ -65,6 +66,7 @@ def connect(address: str | None, cpus: int | None = None, store_bytes: int | Non
     try:
         _knock(address)
         ray.init(address=address, **options)
+        interrupt.keep_handlers()
     except (OSError, RuntimeError) as error:
         if isinstance(error, ray.exceptions.AuthenticationError) or "token" in f"{error} {error.__cause__}":
             raise ClusterError(

@@ -106,6 +106,24 @@ def test_a_run_in_an_evaluation_whose_reward_hangs_ends_in_ten_seconds(write_con
         assert not train.left_behind(10.0)
 
 
+class Evaluation(Train):
+    command = ("rlzero.cli", "eval")
+
+
+def test_an_evaluation_that_is_ended_says_so_and_leaves_nothing_behind(write_config, tmp_path):
+    reward = tmp_path / "hangs.py"
+    reward.write_text("import time\ndef score(completion, **row):\n    time.sleep(1000)\n")
+    with Evaluation(write_config(tmp_path, rewards=[{"fn": f"{reward}:score", "timeout_s": 900}])) as command:
+        until_s = time.monotonic() + 60
+        while not any("RolloutWorker" in _title(p) for p in command.family()):
+            assert time.monotonic() < until_s and command.process.poll() is None, command.text
+            time.sleep(0.1)
+        os.killpg(command.process.pid, signal.SIGTERM)
+        assert command.wait(12) == 143, command.text
+        assert "interrupted" in command.text and "SIGTERM received" not in command.text
+        assert not command.left_behind(10.0)
+
+
 def test_a_second_run_in_the_same_folder_is_refused_and_a_lock_of_a_dead_one_is_not(write_config, tmp_path):
     config = write_config(tmp_path, steps=500, **{"checkpoint.every": 0})
     with Train(config) as train:
