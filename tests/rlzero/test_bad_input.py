@@ -105,7 +105,7 @@ BEFORE = [
         ["rewards that cannot be used", "reward"],
     ),
     # the policy's folder
-    ("no policy", {}, "policy.path=/nowhere", ["/nowhere: no tokenizer could be loaded"]),
+    ("no policy", {}, "policy.path=/nowhere", ["policy.path: /nowhere: no such folder", "hf download"]),
 ]
 
 
