@@ -119,6 +119,7 @@ class Train:
             [sys.executable, "-P", "-m", *self.command, str(config), *arguments],
             env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             cwd=config.parent, start_new_session=True, stdout=self.output, stderr=subprocess.STDOUT,
+            preexec_fn=_hears_hangups,
         )  # fmt: skip
         self._seen: dict[int, psutil.Process] = {}
 
@@ -175,6 +176,11 @@ class Train:
             assert self.process.poll() is None, f"the run ended before step {step}; it said:\n{self.text}"
             assert time.monotonic() < until_s, f"no step {step} in {timeout_s} s; the run said:\n{self.text}"
             time.sleep(0.02)
+
+
+def _hears_hangups() -> None:
+    """As in a terminal: where the tests run under nohup, their children would ignore SIGHUP."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _title(process: psutil.Process) -> str:
