@@ -329,7 +329,7 @@ def test_the_shipped_miniature_runs_on_the_demos_base(monkeypatch, capsys, tmp_p
         ("data.train={dir}/broken.jsonl", "broken.jsonl:2: malformed JSON at column 10"),
         ("data.train=countdown", "countdown[0] (and 4095 more rows): none of the columns 'messages', or 'prompt' and"),
         ("data.messages_column=turns", "none of the columns 'turns'"),
-        ("data.template=r1-zero", "rows.jsonl:1 (and 19 more rows): a conversation ('messages') needs data.template=chat"),
+        ("data.template=r1-zero", "(and 19 more rows): a conversation ('messages') needs data.template=chat"),
         ("data.max_tokens=10", "rows are longer than 10 tokens"),
         ("data.max_tokens=97", "do not fit in tokens_per_micro_batch 96"),
         ("data.max_tokens=100", "longer than the policy's context of 96 tokens"),
