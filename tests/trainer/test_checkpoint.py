@@ -149,7 +149,7 @@ def test_damaged_files_are_all_named(tmp_path):
     message = str(error.value)
     assert "0.bin is missing" in message and "1.bin has 6 bytes, 1 were written" in message
     assert "2.bin is not what was written (CRC-32)" in message and "3.bin" not in message
-    assert "Delete step-3 to resume from the checkpoint before it" in message
+    assert "--resume last-good" in message and "delete step-3" in message
 
 
 def test_a_folder_that_is_no_checkpoint_says_what_it_is(tmp_path):
