@@ -132,7 +132,7 @@ def _environment(threads: int, gpus: float) -> dict[str, str]:
     of its own sees none; NVLink multicast on shared hosts can take their GPUs down, so it is used where asked for."""
     counted = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     found = {"TOKENIZERS_PARALLELISM": "false", **{name: str(threads) for name in counted}}
-    # A thread that waits for the others spins, and on a busy machine keeps them from their cores: 40 s became 2 to 4.
+    # A thread that waits for the others spins, and on a busy machine keeps them from their cores.
     found["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "1000")
     if gpus:
         return {**found, "NCCL_NVLS_ENABLE": os.environ.get("NCCL_NVLS_ENABLE", "0")}
